@@ -1,0 +1,411 @@
+"""The composition root: the only place that builds concrete objects and opens nurseries.
+
+Start order: sidecar, producer and delivery, heartbeat, the sessions' nursery, listener; ``READY=1`` once it listens and
+Kafka has answered. A drain goes the other way round: not ready, stop accepting, closing notices and close 1012, flush
+under a deadline.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from gateway import config, keys, refusals, systemd
+from gateway.core.admission import Admission, AddressRate
+from gateway.core.books import Books
+from gateway.egress.delivery import Delivery
+from gateway.egress.producer import KafkaProducer
+from gateway.errors import ConfigError
+from gateway.ingress.connection import ConnectionLimits
+from gateway.ingress.handshake import Handshake
+from gateway.ingress.heartbeat import Heartbeat
+from gateway.ingress.listener import Listener, open_listening_socket
+from gateway.ingress.readiness import Readiness
+from gateway.ingress.session import SessionContext
+from gateway.ingress.sessions import Sessions
+from gateway.lifecycle import Lifecycle, handle_signals
+from gateway.sidecar import server
+from gateway.sidecar.asgi import Sidecar
+from gateway.telemetry.logging import RateLimited
+from gateway.telemetry.metrics import Counters, Exposition, Gauges
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from gateway.config import Settings
+    from gateway.ingress.session import Session
+    from gateway.telemetry.logging import Log
+
+TOPIC_CHECK_PAUSE_S: Final = 1.0
+"""Between asking a Kafka that has not answered, or lacks a topic."""
+LAG_PROBE_S: Final = 0.1
+ROUTING_SAMPLE_MASK: Final = 15
+"""One turn in 16 goes into the routing histogram."""
+_RESTART_ONLY: Final = ("listen", "session", "kafka", "sidecar", "drain")
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a running daemon is found."""
+
+    listen: str
+    sidecar: str
+    kafka: str
+
+
+class Gateway:
+    """One daemon. `run` is its whole life; the rest is what `run` and the signals use."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        counters: Counters,
+        log: Log,
+        *,
+        bootstrap_servers: str | None = None,
+        reload_settings: Callable[[], Settings] | None = None,
+    ) -> None:
+        """Build everything that needs no port and no broker. Raises ConfigError and StartupError."""
+        self._settings = settings
+        self._reload_settings = reload_settings
+        self._counters = counters
+        self._log = log
+        self._version = version("gateway")
+        self._lifecycle = Lifecycle()
+        self._books = Books()
+        self._bootstrap_servers = bootstrap_servers or settings.kafka.bootstrap_servers
+        self._listening = False
+        self.lost = 0
+        """Messages given up by the drain; not 0 makes the exit status 1."""
+        config.check_descriptors(settings.listen.max_connections)
+        self._tls = keys.tls_context(settings.tls)
+        self._build_egress()
+        self._build_ingress()
+
+    def _limited(self, write: Callable[..., None]) -> RateLimited:
+        return RateLimited(write, trio.current_time)
+
+    def _build_egress(self) -> None:
+        settings = self._settings
+        self._producer = KafkaProducer(
+            self._bootstrap_servers, config.kafka_properties(settings.kafka), self._counters, self._log
+        )
+        self._delivery = Delivery(
+            self._producer,
+            settings.table,
+            self._books,
+            self._counters,
+            gateway=f"{platform.node()}/{self._version}",
+            log_refused=self._limited(self._log.error),
+        )
+        self._producer.after_poll = self._delivery.retry_deferred
+        for message_type in settings.routes.topics:
+            self._books.tally("", message_type)
+
+    def _build_ingress(self) -> None:
+        settings = self._settings
+        listen, session = settings.listen, settings.session
+        self._admission = Admission(
+            listen.max_connections,
+            AddressRate(listen.handshakes_per_address_per_s, listen.handshakes_per_address_burst),
+        )
+        self._handshake = Handshake(
+            path=listen.path,
+            allowed_origins=frozenset(listen.allowed_origins),
+            allow_query_token=settings.auth.allow_query_token,
+            rules=keys.token_rules(settings.auth),
+            admission=self._admission,
+        )
+        self._readiness = Readiness()
+        self._readiness.timing = self._time_turn
+        self._producer.on_room = self._resume_reading
+        log_crash = self._limited(self._log.error)
+        self._sessions = Sessions(
+            SessionContext(
+                readiness=self._readiness,
+                limits=ConnectionLimits(
+                    max_message_bytes=listen.max_message_bytes,
+                    max_controls_per_s=session.max_controls_per_s,
+                    max_unsent_bytes=session.max_unsent_bytes,
+                    unsent_timeout_s=session.unsent_timeout_s,
+                    ping_interval_s=session.ping_interval_s,
+                    idle_timeout_s=session.idle_timeout_s,
+                    close_timeout_s=session.close_timeout_s,
+                ),
+                egress=self._delivery,
+                ack_interval_ms=session.ack_interval_ms,
+                reconnect_window_ms=settings.drain.reconnect_window_ms,
+                notify=lambda ended: self._heartbeat.notify(ended),
+                on_crash=partial(_log_session_crash, log_crash),
+            ),
+            self._admission,
+            self._books,
+            self._counters,
+        )
+        self._heartbeat = Heartbeat(
+            self._sessions, notices_s=session.ack_interval_ms / 1000, after_sweep=self._books.fold
+        )
+
+    # The life of the daemon
+
+    async def run(self, task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until a drain is asked for by signal or `stop`; starts with the addresses.
+
+        Raises StartupError when a port cannot be had. Cancellation stops at once, without a drain.
+        """
+        listening, sidecar = self._open_sockets()
+        listener = self._listener(listening)
+        log_restart = self._limited(self._log.error)
+        async with trio.open_nursery() as services:
+            sidecar_port: int = await services.start(server.run, self._sidecar_app(), sidecar, log_restart)
+            await services.start(self._handle_signals, services)
+            services.start_soon(self._producer.run)
+            services.start_soon(self._heartbeat.run)
+            services.start_soon(self._readiness.run)
+            services.start_soon(self._probe_lag)
+            services.start_soon(self._watchdog)
+            async with trio.open_nursery() as connections:
+                services.start_soon(listener.run, connections)
+                self._listening = True
+                services.start_soon(self._await_kafka)
+                task_status.started(self._addresses(listener.port, sidecar_port))
+                await self._lifecycle.wait_drain()
+                await self._close_connections(listener)
+                connections.cancel_scope.cancel()
+            await self._flush()
+            services.cancel_scope.cancel()
+        self._lifecycle.state.value = "stopped"
+
+    def stop(self) -> None:
+        """Ask for a drain, as SIGTERM does."""
+        self._lifecycle.drain()
+
+    async def wait_ready(self) -> None:
+        """Wait until connections are admitted."""
+        await self._lifecycle.state.wait_value("ready")
+
+    def _open_sockets(self) -> tuple[socket.socket, socket.socket]:
+        listen, sidecar = self._settings.listen, self._settings.sidecar
+        listening = open_listening_socket(
+            listen.host, listen.port, backlog=listen.backlog, reuse_port=listen.reuse_port
+        )
+        try:
+            return listening, server.open_socket(sidecar.host, sidecar.port)
+        except BaseException:
+            listening.close()
+            raise
+
+    def _listener(self, sock: socket.socket) -> Listener:
+        listen = self._settings.listen
+        return Listener(
+            sock,
+            handshake=self._handshake,
+            entry=self._sessions,
+            tls=self._tls,
+            handshake_timeout_s=listen.handshake_timeout_s,
+            max_connections=listen.max_connections,
+            counters=self._counters,
+            log_refused=self._limited(self._log.info),
+            log_crash=self._limited(self._log.error),
+        )
+
+    def _addresses(self, port: int, sidecar_port: int) -> Addresses:
+        listen, sidecar = self._settings.listen, self._settings.sidecar
+        scheme = "ws" if self._tls is None else "wss"
+        return Addresses(
+            listen=f"{scheme}://{_in_url(listen.host)}:{port}{listen.path}",
+            sidecar=f"http://{_in_url(sidecar.host)}:{sidecar_port}",
+            kafka=self._bootstrap_servers,
+        )
+
+    async def _await_kafka(self) -> None:
+        """Keep asking for the topics until all are there, then let connections in."""
+        topics = self._settings.table.all_topics()
+        while not await self._producer.check_topics(topics):
+            systemd.notify("STATUS=waiting for Kafka")
+            await trio.sleep(TOPIC_CHECK_PAUSE_S)
+        if self._lifecycle.ready():
+            self._admission.closed = None
+            self._log.info("ready", topics=topics)
+            systemd.notify("READY=1", "STATUS=ready")
+
+    async def _handle_signals(
+        self, services: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        def stop_now() -> None:
+            self._log.warning("stopping at once", unconfirmed=len(self._producer))
+            self.lost += len(self._producer)
+            services.cancel_scope.cancel()
+
+        await handle_signals(self._lifecycle, reload=self.reload, stop_now=stop_now, task_status=task_status)
+
+    async def _close_connections(self, listener: Listener) -> None:
+        self._admission.closed = refusals.DRAINING
+        systemd.notify("STOPPING=1", "STATUS=draining")
+        self._log.info("draining", connections=len(self._sessions), in_flight=self._books.totals().in_flight)
+        listener.close()
+        with trio.move_on_after(self._settings.drain.close_timeout_s):
+            await self._sessions.close_all()
+
+    async def _flush(self) -> None:
+        left = await self._producer.flush(self._settings.drain.flush_timeout_s)
+        if left:
+            self._producer.purge()
+            self._log.error(
+                "drain ran out of time",
+                given_up=left,
+                remedy="Kafka did not confirm them in time; clients must send them again",
+            )
+            self.lost += left
+        totals = self._books.totals()
+        self._log.info(
+            "stopped",
+            received=totals.received,
+            delivered=totals.delivered,
+            dead_lettered=totals.dead_lettered,
+            dropped=totals.dropped,
+            spooled=totals.spooled,
+            in_flight=totals.in_flight,
+            imbalance=totals.imbalance,
+        )
+
+    def _resume_reading(self) -> None:
+        self._readiness.resume()
+
+    # Reload
+
+    def reload(self) -> None:
+        """Read the settings again: routes, log level, TLS certificate and keys take effect, all or none.
+
+        A fault is logged and leaves everything as it was.
+        """
+        systemd.reloading()
+        try:
+            settings = self._settings if self._reload_settings is None else self._reload_settings()
+            rules = keys.token_rules(settings.auth)
+            if self._tls is not None:
+                if settings.tls.cert_file is None:
+                    raise ConfigError(["tls: cannot be switched off while running"])
+                keys.load_certificate(self._tls, settings.tls)
+        except ConfigError as error:
+            self._counters.reloads["failed"] += 1
+            self._log.error("reload failed, the old settings stay", faults=list(error.faults))
+        else:
+            self._apply(settings)
+            self._handshake.rules = rules
+            self._counters.reloads["ok"] += 1
+        systemd.notify("READY=1")
+
+    def _apply(self, settings: Settings) -> None:
+        old = self._settings
+        restart = [name for name in _RESTART_ONLY if getattr(old, name) != getattr(settings, name)]
+        if settings.routes != old.routes:
+            self._delivery.routes = settings.table
+            self._sessions.forget_routes()
+            for message_type in settings.routes.topics:
+                self._books.tally("", message_type)
+        self._handshake.allow_query_token = settings.auth.allow_query_token
+        self._log.set_level(settings.log.level)
+        self._settings = old.model_copy(
+            update={"routes": settings.routes, "auth": settings.auth, "tls": settings.tls, "log": settings.log}
+        )
+        self._log.info("reloaded", **({"needs_restart": restart} if restart else {}))
+
+    # What it tells
+
+    def _reasons(self) -> list[str]:
+        reasons = []
+        if self._lifecycle.state.value == "starting":
+            reasons.append("starting")
+        if self._lifecycle.state.value in ("draining", "stopped"):
+            reasons.append("draining")
+        if self._producer.missing_topics:
+            reasons.append(f"topics_missing: {', '.join(self._producer.missing_topics)}")
+        elif not self._producer.up:
+            reasons.append("kafka_unavailable")
+        if self._producer.full:
+            reasons.append("producer_queue_full")
+        return reasons
+
+    def _details(self) -> dict[str, Any]:
+        totals = self._books.totals()
+        return {
+            "state": self._lifecycle.state.value,
+            "connections": len(self._sessions),
+            "companies": self._books.companies,
+            "kafka": {
+                "bootstrap_servers": self._bootstrap_servers,
+                "up": self._producer.up,
+                "queue_messages": len(self._producer),
+                "queue_full": self._producer.full,
+            },
+            "messages": {
+                "received": totals.received,
+                "delivered": totals.delivered,
+                "dead_lettered": totals.dead_lettered,
+                "dropped": totals.dropped,
+                "spooled": totals.spooled,
+                "in_flight": totals.in_flight,
+                "imbalance": totals.imbalance,
+                "unbalanced_companies": len(self._books.unbalanced_companies()),
+            },
+            "version": self._version,
+        }
+
+    def _sidecar_app(self) -> Sidecar:
+        exposition = Exposition(
+            self._counters,
+            self._books,
+            Gauges(
+                connections=lambda: len(self._sessions),
+                producer_queue=lambda: len(self._producer),
+                paused=lambda: self._readiness.paused,
+                ready=lambda: not self._reasons(),
+                kafka_up=lambda: self._producer.up,
+            ),
+            self._version,
+        )
+        return Sidecar(
+            reasons=self._reasons,
+            details=self._details,
+            metrics=lambda: exposition.page(trio.current_time()),
+            version={"gateway": self._version, "python": platform.python_version()},
+        )
+
+    def _time_turn(self, duration_s: float, sockets: int) -> None:
+        if not self._readiness.turns & ROUTING_SAMPLE_MASK:
+            times = sockets * (ROUTING_SAMPLE_MASK + 1)
+            self._counters.routing_s.observe(duration_s / sockets, times)
+
+    async def _probe_lag(self) -> None:
+        while True:
+            before = trio.current_time()
+            await trio.sleep(LAG_PROBE_S)
+            self._counters.loop_lag_s.observe(max(0.0, trio.current_time() - before - LAG_PROBE_S))
+
+    async def _watchdog(self) -> None:
+        interval_s = systemd.watchdog_interval_s()
+        while interval_s is not None:
+            systemd.notify("WATCHDOG=1")
+            await trio.sleep(interval_s)
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _log_session_crash(log: RateLimited, session: Session, error: Exception) -> None:
+    log(
+        "session crashed, closed with 1011",
+        connection=session.connection_id,
+        user_id=session.principal.user_id,
+        exc_info=error,
+    )

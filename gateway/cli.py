@@ -1,0 +1,315 @@
+"""The ``gateway`` command: what an operator types. Faults end in readable lines and exit status 1."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import tomllib
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import cyclopts
+import trio
+from cyclopts import Parameter
+from pydantic import SecretStr
+
+from gateway import config, devkeys, keys
+from gateway.errors import ConfigError, GatewayError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from gateway.config import Settings
+
+app = cyclopts.App(
+    name="gateway",
+    help="A WebSocket router daemon: authenticated MT5 tick clients in, Kafka records out.",
+    version=version("gateway"),
+)
+
+ConfigFile = Annotated[Path | None, Parameter(name="--config")]
+Set = Annotated[tuple[str, ...], Parameter(name="--set", negative=())]
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 a fault that was printed, 2 usage, 130 interrupted."""
+    try:
+        result = app(print_error=True, exit_on_error=True, result_action="return_value")
+    except GatewayError as error:
+        _complain(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)  # whoever read standard output is gone; there is nobody to tell
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _complain(error: GatewayError) -> None:
+    for line in str(error).splitlines():
+        print(f"gateway: {line}", file=sys.stderr)
+
+
+def _flags(**values: object) -> dict[str, Any]:
+    """Flags that were given, as dotted settings; ``sets`` holds KEY=VALUE strings. Raises ConfigError."""
+    flags: dict[str, Any] = {}
+    sets = values.pop("sets", ())
+    assert isinstance(sets, tuple)  # noqa: S101  # from the annotation
+    for assignment in sets:
+        name, equals, text = assignment.partition("=")
+        if not equals or "." not in name:
+            raise ConfigError([f"--set {name}: wanted SECTION.KEY=VALUE"])
+        try:
+            flags[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            flags[name] = text
+    flags.update({name.replace("__", "."): value for name, value in values.items() if value is not None})
+    return flags
+
+
+@app.command
+def serve(
+    *,
+    config_file: ConfigFile = None,
+    embedded_kafka: bool = False,
+    host: str | None = None,
+    port: int | None = None,
+    sidecar_port: int | None = None,
+    log_level: Literal["debug", "info", "warning", "error"] | None = None,
+    sets: Set = (),
+) -> int:
+    """Run the daemon until SIGTERM or SIGINT.
+
+    Parameters
+    ----------
+    config_file
+        The TOML file. Without it the defaults hold, and `auth` must come from the environment.
+    embedded_kafka
+        Run a Kafka inside the process, for trials; its address is printed. Without any key
+        configured, the development secret is used, as by `gateway token`.
+    host
+        Address to listen on (listen.host).
+    port
+        Port to listen on, 0 for a free one (listen.port).
+    sidecar_port
+        Port of health and metrics, 0 for a free one (sidecar.port).
+    log_level
+        Log lines from this level up (log.level).
+    sets
+        Any other setting, as SECTION.KEY=VALUE; may be repeated.
+    """
+    flags = _flags(
+        listen__host=host, listen__port=port, sidecar__port=sidecar_port, log__level=log_level, sets=sets
+    )
+    load = partial(_load, config_file, flags, development=embedded_kafka)
+    return _run(partial(_serve, load(), load, embedded_kafka))
+
+
+def _load(path: Path | None, flags: dict[str, Any], *, development: bool) -> Settings:
+    """The settings; with ``development`` and no key anywhere, those with the development secret."""
+    try:
+        return config.load(path, flags)
+    except ConfigError as error:
+        if not development or not any(fault.startswith(("auth: is missing", "auth: no key")) for fault in error.faults):
+            raise
+    return config.load(path, {**flags, "auth.secret_file": str(devkeys.ensure_secret().absolute())})
+
+
+async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_kafka: bool) -> int:
+    from gateway.app import Addresses, Gateway  # imported late: --help need not load Kafka
+    from gateway.egress.embedded import EmbeddedKafka
+    from gateway.telemetry.logging import Log, stderr_descriptor
+    from gateway.telemetry.metrics import Counters
+
+    counters = Counters()
+    log = Log(counters, level=settings.log.level, style=settings.log.format, descriptor=stderr_descriptor())
+    with ExitStack() as stack:
+        stack.callback(log.close)
+        bootstrap_servers = None
+        if embedded_kafka:
+            bootstrap_servers = stack.enter_context(EmbeddedKafka()).bootstrap_servers
+        gateway = Gateway(
+            settings, counters, log, bootstrap_servers=bootstrap_servers, reload_settings=reload
+        )
+
+        async def announce(addresses: Addresses) -> None:
+            kafka = f"{addresses.kafka}{' (embedded)' if embedded_kafka else ''}"
+            _say(f"listening on {addresses.listen}", f"sidecar on {addresses.sidecar}", f"kafka at {kafka}")
+            await gateway.wait_ready()
+            _say("ready")
+
+        # What has been imported and built stays for good: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        async with trio.open_nursery() as nursery:
+            addresses: Addresses = await nursery.start(_until_done, gateway.run, nursery.cancel_scope)
+            nursery.start_soon(announce, addresses)
+        return 1 if gateway.lost else 0
+
+
+async def _until_done(
+    run: Callable[..., Awaitable[None]],
+    scope: trio.CancelScope,
+    task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await run(task_status=task_status)
+    scope.cancel()
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(f"gateway: {line}", flush=True)
+
+
+def _run(main: Callable[[], Awaitable[int]]) -> int:
+    """Run the Trio program; what was raised on purpose comes out of its nurseries as itself."""
+    try:
+        return trio.run(main)
+    except* GatewayError as group:
+        raise _first(group) from None
+
+
+def _first(group: BaseExceptionGroup[GatewayError]) -> GatewayError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, GatewayError)  # noqa: S101  # from the except*
+    return error
+
+
+@app.command
+def check_config(file: Path, /, *, sets: Set = ()) -> int:
+    """Check a TOML file with everything it names: keys, certificate, Kafka properties. Connects to nothing.
+
+    Parameters
+    ----------
+    file
+        The TOML file; environment variables count as they would for `serve`.
+    sets
+        Settings over it, as SECTION.KEY=VALUE.
+    """
+    from gateway.egress.producer import KafkaProducer
+    from gateway.telemetry.logging import Log
+    from gateway.telemetry.metrics import Counters
+
+    settings = config.load(file, _flags(sets=sets))
+    faults: list[str] = []
+    counters = Counters()
+    checks: list[Callable[[], object]] = [
+        lambda: keys.token_rules(settings.auth),
+        lambda: keys.tls_context(settings.tls),
+        lambda: config.check_descriptors(settings.listen.max_connections),
+        lambda: KafkaProducer(
+            settings.kafka.bootstrap_servers,
+            config.kafka_properties(settings.kafka),
+            counters,
+            Log(counters, level="error"),
+        ),
+    ]
+    for check in checks:
+        try:
+            check()
+        except GatewayError as error:
+            faults += str(error).splitlines()
+    if faults:
+        raise ConfigError([f"{file}: {fault}" for fault in faults])
+    print(json.dumps(_redacted(settings), indent=2))
+    print(f"{file}: ok")
+    return 0
+
+
+def _redacted(settings: Settings) -> dict[str, Any]:
+    """The effective settings, secrets masked."""
+    shown: dict[str, Any] = settings.model_dump(mode="json")
+    for name in shown["kafka"]["properties"]:
+        if any(word in name for word in ("password", "secret", "key.pem", "jaas")):
+            shown["kafka"]["properties"][name] = "**********"
+    return shown
+
+
+@app.command
+def token(
+    *,
+    user: str,
+    company: str = "",
+    tier: Literal["free", "pro", "enterprise"] = "free",
+    ttl: Annotated[int, Parameter(validator=cyclopts.validators.Number(gt=0))] = 3600,
+    config_file: ConfigFile = None,
+    private_key: Path | None = None,
+    algorithm: Literal["RS256", "ES256", "EdDSA"] | None = None,
+    kid: str | None = None,
+    issuer: str | None = None,
+    audience: str | None = None,
+) -> int:
+    """Print a development token.
+
+    Parameters
+    ----------
+    user
+        The user_id: `sub`, and the key of every record.
+    company
+        The company_id.
+    tier
+        The subscription tier.
+    ttl
+        Seconds until it expires.
+    config_file
+        Sign with this file's HS256 secret, issuer and audience. Without it, with the development secret.
+    private_key
+        Sign with this PEM private key instead; needs --algorithm.
+    algorithm
+        What the private key is for.
+    kid
+        Name the key in the token's header.
+    issuer
+        `iss`, when it is not the configured one.
+    audience
+        `aud`, when it is not the configured one.
+    """
+    import time
+
+    from gateway.config import AuthSettings
+    from gateway.core.principal import mint
+
+    if (private_key is None) != (algorithm is None):
+        raise ConfigError(["--private-key and --algorithm belong together"])
+    if config_file is not None:
+        auth = config.load(config_file).auth
+    else:
+        path = devkeys.ensure_secret() if private_key is None else None
+        auth = AuthSettings(
+            secret_file=str(path.absolute()) if path else None, secret=None if path else SecretStr("unused")
+        )
+    if private_key is not None:
+        try:
+            key: bytes | None = private_key.read_bytes()
+        except OSError as error:
+            raise ConfigError([f"--private-key {private_key}: {error.strerror}"]) from error
+    else:
+        key = keys.read_secret(auth)
+        if key is None:
+            raise ConfigError(["the configuration has no HS256 secret: give --private-key and --algorithm"])
+    now = int(time.time())
+    try:
+        print(
+            mint(
+                algorithm=algorithm or "HS256",
+                key=key,
+                user_id=user,
+                company_id=company,
+                tier=tier,
+                issuer=issuer or auth.issuer,
+                audience=audience or auth.audience,
+                kid=kid or (auth.secret_kid if private_key is None else None),
+                issued_at=now,
+                expires_at=now + ttl,
+            )
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError([f"--private-key {private_key}: not a PEM private key for {algorithm}"]) from error
+    return 0

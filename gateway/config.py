@@ -1,0 +1,384 @@
+"""Settings: one TOML file, then the environment over it, then flags over both.
+
+Each stage has its own frozen class. `load` reports every fault at once, each with its path, and refuses keys it does not
+know, in the file and in the environment. Environment names are ``GATEWAY_<SECTION>__<KEY>``
+(``GATEWAY_LISTEN__PORT=8001``); a table is given as JSON. Where a setting names a file, ``credential:NAME`` means the systemd
+credential of that name (``$CREDENTIALS_DIRECTORY/NAME``, systemd.exec(5)), and a relative path is relative to the
+TOML file.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from gateway.core.principal import ALGORITHMS
+from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes, check_topic
+from gateway.egress.producer import OWN_PROPERTIES, PROPERTIES
+from gateway.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ENV_PREFIX: Final = "GATEWAY_"
+CREDENTIAL: Final = "credential:"
+MIN_SECRET_BYTES: Final = 32  # RFC 7518 3.2: a key of at least the hash's size
+DESCRIPTOR_RESERVE: Final = 512
+"""Descriptors kept free beside connections: overflow (256), sidecar, Kafka, epoll, files."""
+
+_Port = Annotated[int, Field(ge=0, le=65535)]
+_Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+_Topic = Annotated[str, AfterValidator(check_topic)]
+_Property = str | int | float | bool
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ListenSettings(_Section):
+    """The WebSocket listener."""
+
+    host: str = "127.0.0.1"
+    port: _Port = 8001
+    path: Annotated[str, Field(pattern=r"^/[!-~]*$", max_length=256)] = "/ws/mt5"
+    backlog: Annotated[int, Field(ge=1, le=65535)] = 4096
+    reuse_port: bool = False
+    max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    handshake_timeout_s: _Seconds = 10.0
+    max_message_bytes: Annotated[int, Field(ge=1024, le=8 * 1024 * 1024)] = 65_536
+    allowed_origins: tuple[str, ...] = ()
+    handshakes_per_address_per_s: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 50.0
+    handshakes_per_address_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+
+
+class TlsSettings(_Section):
+    """TLS 1.2 and later on the listener; both files or none."""
+
+    cert_file: str | None = None
+    key_file: str | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> TlsSettings:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together")
+        return self
+
+
+class PublicKeySettings(_Section):
+    """One PEM public key; ``kid`` is what tokens name it by, if they name it."""
+
+    file: str
+    kid: str | None = None
+
+
+class AuthSettings(_Section):
+    """Which tokens are believed."""
+
+    algorithms: tuple[Literal["HS256", "RS256", "ES256", "EdDSA"], ...] = ("HS256",)
+    secret: SecretStr | None = None
+    secret_file: str | None = None
+    secret_kid: str | None = None
+    public_keys: tuple[PublicKeySettings, ...] = ()
+    jwks_file: str | None = None
+    issuer: Annotated[str, Field(min_length=1)] = "api-gateway"
+    audience: str | None = None
+    leeway_s: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = 5.0
+    allow_query_token: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AuthSettings:
+        if not self.algorithms:
+            raise ValueError(f"algorithms must name at least one of {', '.join(ALGORITHMS)}")
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("give secret or secret_file, not both")
+        if not (self.secret or self.secret_file or self.public_keys or self.jwks_file):
+            raise ValueError("no key: give secret_file, public_keys or jwks_file")
+        if "HS256" not in self.algorithms and (self.secret or self.secret_file):
+            raise ValueError("a secret is for HS256, which algorithms does not name")
+        return self
+
+
+class SessionSettings(_Section):
+    """What an open connection may do, and how it is looked after."""
+
+    ping_interval_s: _Seconds = 20.0
+    idle_timeout_s: _Seconds = 40.0
+    close_timeout_s: _Seconds = 5.0
+    max_controls_per_s: Annotated[int, Field(ge=1, le=10_000)] = 20
+    max_unsent_bytes: Annotated[int, Field(ge=1024, le=16 * 1024 * 1024)] = 65_536
+    unsent_timeout_s: _Seconds = 8.0
+    ack_interval_ms: Annotated[int, Field(ge=10, le=60_000)] = 200
+
+    @model_validator(mode="after")
+    def _pings_fit(self) -> SessionSettings:
+        if self.idle_timeout_s <= self.ping_interval_s:
+            raise ValueError("idle_timeout_s must be longer than ping_interval_s")
+        return self
+
+
+class RouteSettings(_Section):
+    """message_type to topic, and where dead letters go."""
+
+    topics: Annotated[dict[str, _Topic], Field(min_length=1, max_length=256)] = dict(DEFAULT_ROUTES)
+    dead_letter: _Topic = DEFAULT_DEAD_LETTER_TOPIC
+
+
+class KafkaSettings(_Section):
+    """The cluster; ``properties`` is handed to librdkafka (CONFIGURATION.md of librdkafka lists them)."""
+
+    bootstrap_servers: str = "127.0.0.1:9092"
+    properties: dict[str, _Property] = {}
+    property_files: dict[str, str] = {}
+    """Properties whose value is a file's content, for secrets: ``"sasl.password" = "credential:kafka"``."""
+
+    @model_validator(mode="after")
+    def _not_ours(self) -> KafkaSettings:
+        taken = sorted(OWN_PROPERTIES.intersection({*self.properties, *self.property_files}))
+        if taken:
+            raise ValueError(f"properties may not set {', '.join(taken)}: the gateway's promises rest on them")
+        return self
+
+
+class SidecarSettings(_Section):
+    """The HTTP surface for health and metrics. Keep it on loopback."""
+
+    host: str = "127.0.0.1"
+    port: _Port = 8002
+
+
+class LogSettings(_Section):
+    """Lines on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class DrainSettings(_Section):
+    """How long a shutdown takes at most: closing connections, then flushing to Kafka."""
+
+    close_timeout_s: _Seconds = 10.0
+    flush_timeout_s: _Seconds = 20.0
+    reconnect_window_ms: Annotated[int, Field(ge=0, le=600_000)] = 5_000
+
+
+class Settings(BaseSettings):
+    """All settings of one daemon; read them with `load`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        nested_model_default_partial_update=False,
+    )
+
+    listen: ListenSettings = ListenSettings()
+    tls: TlsSettings = TlsSettings()
+    auth: AuthSettings
+    session: SessionSettings = SessionSettings()
+    routes: RouteSettings = RouteSettings()
+    kafka: KafkaSettings = KafkaSettings()
+    sidecar: SidecarSettings = SidecarSettings()
+    log: LogSettings = LogSettings()
+    drain: DrainSettings = DrainSettings()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Settings:
+        limit = self.kafka.properties.get("message.max.bytes", 1_000_000)
+        # Room for the key, the stamp and a dead letter's headers.
+        if self.listen.max_message_bytes + 4096 > int(limit):
+            raise ValueError(
+                f"listen.max_message_bytes {self.listen.max_message_bytes} does not fit into Kafka's message.max.bytes {limit}"
+            )
+        queue_kbytes = self.kafka.properties.get(
+            "queue.buffering.max.kbytes", PROPERTIES["queue.buffering.max.kbytes"]
+        )
+        if int(queue_kbytes) * 1024 < 4 * self.listen.max_message_bytes:
+            raise ValueError("kafka.properties: queue.buffering.max.kbytes holds fewer than four messages")
+        return self
+
+    @property
+    def table(self) -> Routes:
+        """The routes as the core takes them."""
+        return Routes(self.routes.topics, self.routes.dead_letter)
+
+
+class _Layer(PydanticBaseSettingsSource):
+    """A source of values that were read before."""
+
+    def __init__(self, settings_class: type[BaseSettings], values: Mapping[str, Any]) -> None:
+        super().__init__(settings_class)
+        self._values = values
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        """Unused: `__call__` gives everything at once."""
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return dict(self._values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's tables. Raises ConfigError naming the file."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError([f"{path}: {error.strerror}"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: not TOML: {error}"]) from error
+
+
+def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Settings:
+    """Read the settings; raises ConfigError with every fault.
+
+    ``flags`` maps dotted paths (``listen.port``) to values and wins over environment and file.
+    """
+    file_values = read_toml(path) if path is not None else {}
+    faults = _unknown_environment()
+    flag_values: dict[str, Any] = {}
+    for dotted, value in (flags or {}).items():
+        *sections, key = dotted.split(".", 1)
+        table = flag_values
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[key] = value
+
+    class _Loaded(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (_Layer(settings_cls, flag_values), env_settings, _Layer(settings_cls, file_values))
+
+    try:
+        settings = _Loaded()
+    except ValidationError as error:
+        faults += [_fault(fault["loc"], fault["msg"], fault["type"]) for fault in error.errors(include_input=False)]
+        raise ConfigError(sorted(faults)) from None
+    except ValueError as error:  # an environment value that is no JSON where a table is wanted
+        raise ConfigError([*faults, f"environment: {error}"]) from None
+    if faults:
+        raise ConfigError(sorted(faults))
+    return _with_paths(settings, path.parent if path is not None else Path())
+
+
+def _fault(location: tuple[int | str, ...], message: str, kind: str) -> str:
+    where = ".".join(map(str, location)) or "settings"
+    if kind == "missing":
+        message = "is missing"
+    elif kind == "extra_forbidden":
+        message = "is not a setting"
+    return f"{where}: {message.removeprefix('Value error, ')}"
+
+
+def _unknown_environment() -> list[str]:
+    """pydantic-settings ignores names it does not know; a typing error must not go unnoticed."""
+    known = {
+        f"{ENV_PREFIX}{section}".upper(): field.annotation for section, field in Settings.model_fields.items()
+    }
+    faults = []
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX):
+            section, _, key = name.partition("__")
+            model = known.get(section.upper())
+            if model is None or (key and key.partition("__")[0].lower() not in model.model_fields):  # type: ignore[attr-defined]  # a section's class
+                faults.append(f"{name}: is not a setting (environment)")
+    return faults
+
+
+def _with_paths(settings: Settings, directory: Path) -> Settings:
+    """The settings with every file name made whole. Raises ConfigError for a credential that is not there."""
+    faults: list[str] = []
+
+    def whole(where: str, name: str | None) -> str | None:
+        if name is None:
+            return None
+        if not name.startswith(CREDENTIAL):
+            return str(directory / name)
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        if credentials is None:
+            faults.append(f"{where}: {name} needs systemd's LoadCredential= (CREDENTIALS_DIRECTORY is not set)")
+            return name
+        return str(Path(credentials) / name.removeprefix(CREDENTIAL))
+
+    tls, auth, kafka = settings.tls, settings.auth, settings.kafka
+    settings = settings.model_copy(
+        update={
+            "tls": tls.model_copy(
+                update={
+                    "cert_file": whole("tls.cert_file", tls.cert_file),
+                    "key_file": whole("tls.key_file", tls.key_file),
+                }
+            ),
+            "auth": auth.model_copy(
+                update={
+                    "secret_file": whole("auth.secret_file", auth.secret_file),
+                    "jwks_file": whole("auth.jwks_file", auth.jwks_file),
+                    "public_keys": tuple(
+                        key.model_copy(update={"file": whole(f"auth.public_keys.{index}.file", key.file)})
+                        for index, key in enumerate(auth.public_keys)
+                    ),
+                }
+            ),
+            "kafka": kafka.model_copy(
+                update={
+                    "property_files": {
+                        name: whole(f"kafka.property_files.{name}", file)
+                        for name, file in kafka.property_files.items()
+                    }
+                }
+            ),
+        }
+    )
+    if faults:
+        raise ConfigError(faults)
+    return settings
+
+
+def kafka_properties(settings: KafkaSettings) -> dict[str, _Property]:
+    """The properties with the contents of ``property_files``. Raises ConfigError naming the file."""
+    properties = dict(settings.properties)
+    for name, file in settings.property_files.items():
+        try:
+            properties[name] = Path(file).read_text().rstrip("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not text"
+            raise ConfigError([f"kafka.property_files.{name}: {file}: {reason}"]) from error
+    return properties
+
+
+def check_descriptors(max_connections: int) -> None:
+    """Raise the soft limit of open files for ``max_connections`` sockets; ConfigError when the hard limit is lower."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + DESCRIPTOR_RESERVE
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise ConfigError(
+            [
+                f"listen.max_connections: {max_connections} needs {wanted} open files, the limit is {hard}:"
+                f" lower it to {hard - DESCRIPTOR_RESERVE} or raise LimitNOFILE"
+            ]
+        )
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,69 @@
+"""Whether a connection may come in, beyond its token: the cap, and the rate of its address.
+
+Later rules (tenant limits, bans) belong here too: each is asked with the time and answers with a refusal.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+from gateway import refusals
+from gateway.errors import Refused
+
+if TYPE_CHECKING:
+    from gateway.refusals import Refusal
+
+MAX_ADDRESSES: Final = 65_536
+"""Addresses remembered, about 200 bytes each. When full, the one that was quiet longest is forgotten."""
+
+
+class AddressRate:
+    """A token bucket for each remote address: ``rate_per_s`` handshakes, ``burst`` at once; a rate of 0 is none."""
+
+    def __init__(self, rate_per_s: float, burst: int) -> None:
+        self._rate = rate_per_s
+        self._burst = float(burst)
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def spend(self, address: str, now: float) -> float:
+        """Take one attempt of ``address`` at ``now``; return 0, or the seconds until the next is allowed."""
+        if not self._rate:
+            return 0.0
+        tokens, at = self._buckets.pop(address, (self._burst, now))
+        tokens = min(self._burst, tokens + (now - at) * self._rate)
+        allowed = tokens >= 1.0
+        self._buckets[address] = (tokens - 1.0 if allowed else tokens, now)
+        if len(self._buckets) > MAX_ADDRESSES:
+            self._buckets.popitem(last=False)
+        return 0.0 if allowed else (1.0 - tokens) / self._rate
+
+
+class Admission:
+    """Asked before any cryptography; ``closed`` holds the refusal while nobody may come in."""
+
+    def __init__(self, max_connections: int, addresses: AddressRate) -> None:
+        self._max = max_connections
+        self._addresses = addresses
+        self.connections = 0
+        self.closed: Refusal | None = refusals.STARTING
+
+    def check(self, address: str, now: float) -> None:
+        """Raise Refused unless ``address`` may try now (``now`` in seconds of any steady clock)."""
+        if self.closed is not None:
+            raise Refused(self.closed)
+        wait_s = self._addresses.spend(address, now)
+        if wait_s:
+            raise Refused(refusals.TOO_MANY_ATTEMPTS, retry_after_s=max(1, round(wait_s + 0.5)))
+        if self.connections >= self._max:
+            raise Refused(refusals.AT_CAPACITY)
+
+    def enter(self) -> None:
+        """Take a place; raises Refused when the last one went since `check`."""
+        if self.connections >= self._max:
+            raise Refused(refusals.AT_CAPACITY)
+        self.connections += 1
+
+    def leave(self) -> None:
+        """Give the place back."""
+        self.connections -= 1

@@ -1,0 +1,65 @@
+"""What the ingress side needs of the Kafka side, and the other way round.
+
+`ingress` and `egress` never import each other: `gateway.app` joins them through these.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.core.books import Tally
+    from gateway.core.principal import Principal
+
+
+class QueueFull(Exception):  # noqa: N818  # a condition the caller waits out, not an error
+    """The producer's queue has no room; the message was not taken and must be offered again."""
+
+
+class Origin(Protocol):
+    """The connection a message came from, as delivery reports and dead letters need it."""
+
+    @property
+    def connection_id(self) -> str: ...
+    @property
+    def principal(self) -> Principal: ...
+    @property
+    def path(self) -> str: ...
+
+
+class Lane(Protocol):
+    """One connection's messages of one type on their way to one topic.
+
+    ``on_delivery`` is what the producer calls with (error, message) when Kafka has answered; it moves the
+    message from ``tally.in_flight`` to its outcome.
+    """
+
+    topic: str
+    tally: Tally
+
+    def on_delivery(self, error: Any, message: Any, /) -> None: ...
+
+
+class Egress(Protocol):
+    """The Kafka side as a session sees it. Everything here is synchronous and runs on the Trio thread."""
+
+    errors: tuple[type[Exception], ...]
+    """What parsing an envelope or `produce` may raise for a message that was not taken."""
+
+    @property
+    def produce(self) -> Callable[[str, bytes, bytes, int, Callable[[Any, Any], None]], None]:
+        """Queue one record (topic, value, key, partition, on_delivery); raises one of ``errors``.
+
+        The caller counts the message into ``lane.tally``; `send` is the same with everything around it.
+        """
+
+    def lane(self, origin: Origin, message_type: str) -> Lane | None:
+        """The lane for a message type, None when it has no route."""
+
+    def send(self, lane: Lane, origin: Origin, raw: bytes, stamp: bytes) -> None:
+        """Queue ``raw + stamp`` and count it; what Kafka can never take becomes a dead letter. Raises QueueFull."""
+
+    def dead_letter(self, origin: Origin, raw: bytes, reason: str) -> None:
+        """Queue ``raw`` for the dead-letter topic and count it. Raises QueueFull."""

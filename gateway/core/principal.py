@@ -1,0 +1,257 @@
+"""Who is connected: the JWT verified once, and the `Principal` it yields.
+
+The algorithms are the configured list, never the token's choice: a key is bound to its algorithms when it is
+loaded, a token's ``alg`` only selects among them (RFC 8725 3.1). Nothing in the header is fetched: ``jku``,
+``x5u`` and ``jwk`` are ignored, ``kid`` is compared with the keys at hand, ``crit`` is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import jwt
+from google.protobuf.message import DecodeError
+
+from gateway.errors import GatewayError
+from gateway.v1.token_pb2 import SubscriptionTier, UserToken
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MAX_TOKEN_BYTES: Final = 8192
+"""Checked before anything is decoded; a JWT of this system is under 1 KiB."""
+MAX_ID_BYTES: Final = 256
+"""Bound of a user_id and a company_id; they become record keys, headers and log fields."""
+
+ALGORITHMS: Final = ("HS256", "RS256", "ES256", "EdDSA")
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_-]+\Z")
+_TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+TIERS: Final = {
+    SubscriptionTier.TIER_FREE: "free",
+    SubscriptionTier.TIER_PRO: "pro",
+    SubscriptionTier.TIER_ENTERPRISE: "enterprise",
+}
+
+_SIGNATURE_ONLY: Final = {
+    "verify_signature": True,
+    "verify_exp": False,
+    "verify_nbf": False,
+    "verify_iat": False,
+    "verify_aud": False,
+    "verify_iss": False,
+    "verify_sub": False,
+    "verify_jti": False,
+}
+
+
+class InvalidToken(GatewayError):
+    """A token that does not authenticate. ``reason`` is a fixed word for logs; it never quotes the token."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """An authenticated user. ``expires_at`` is in seconds since the epoch; ``tier`` is free, pro or enterprise."""
+
+    user_id: str
+    company_id: str
+    tier: str
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyKey:
+    """One verification key, bound to one algorithm. ``key`` is what PyJWT takes for it; never printed."""
+
+    algorithm: str
+    key: Any
+    kid: str | None = None
+
+    def __repr__(self) -> str:
+        return f"VerifyKey({self.algorithm}, kid={self.kid!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRules:
+    """What a token must satisfy: ``audience`` None leaves ``aud`` unchecked, ``leeway_s`` is for clock skew."""
+
+    keys: tuple[VerifyKey, ...]
+    issuer: str
+    audience: str | None = None
+    leeway_s: float = 5.0
+
+    def authenticate(self, token: str, now: float) -> Principal:
+        """Verify ``token`` at ``now`` (seconds since the epoch); raises InvalidToken."""
+        if len(token) > MAX_TOKEN_BYTES:
+            raise InvalidToken("too_long")
+        if not _TOKEN.match(token):
+            raise InvalidToken("not_a_jwt")
+        claims = self._verify(token, _read_header(token))
+        expires_at = self._check_claims(claims, now)
+        return _principal(claims, expires_at, now - self.leeway_s)
+
+    def _verify(self, token: str, header: dict[str, Any]) -> dict[str, Any]:
+        algorithm, kid = header.get("alg"), header.get("kid")
+        if not isinstance(algorithm, str):
+            raise InvalidToken("bad_algorithm")
+        if "crit" in header:
+            raise InvalidToken("unknown_crit")  # RFC 7515 4.1.11: none is understood here
+        if "kid" in header and not isinstance(kid, str):
+            raise InvalidToken("bad_kid")
+        candidates = [key for key in self.keys if key.algorithm == algorithm and (kid is None or key.kid == kid)]
+        if not candidates:
+            raise InvalidToken("no_key")
+        for key in candidates:
+            try:
+                return jwt.decode(token, key.key, algorithms=[algorithm], options=_SIGNATURE_ONLY)  # type: ignore[arg-type]  # PyJWT's TypedDict
+            except jwt.InvalidSignatureError:
+                continue
+            except Exception:  # noqa: BLE001  # PyJWT lets UnicodeEncodeError, RecursionError and others through
+                raise InvalidToken("malformed") from None
+        raise InvalidToken("bad_signature")
+
+    def _check_claims(self, claims: dict[str, Any], now: float) -> float:
+        """Check issuer, audience and times (RFC 7519 4.1); return ``exp``."""
+        if claims.get("iss") != self.issuer:
+            raise InvalidToken("wrong_issuer")
+        if self.audience is not None:
+            audience = claims.get("aud")
+            listed = audience if isinstance(audience, list) else [audience]
+            if self.audience not in listed:
+                raise InvalidToken("wrong_audience")
+        expires_at = _numeric_date(claims, "exp")
+        if expires_at is None:
+            raise InvalidToken("no_exp")
+        if expires_at + self.leeway_s <= now:
+            raise InvalidToken("expired")
+        for name in ("nbf", "iat"):
+            value = _numeric_date(claims, name)
+            if value is not None and value - self.leeway_s > now:
+                raise InvalidToken(f"{name}_in_future")
+        return expires_at
+
+
+def _numeric_date(claims: dict[str, Any], name: str) -> float | None:
+    """A NumericDate (RFC 7519 2) as a float; a string, a bool or an infinity is refused."""
+    if name not in claims:
+        return None
+    value = claims[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidToken(f"bad_{name}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise InvalidToken(f"bad_{name}") from None
+    if not math.isfinite(number):
+        raise InvalidToken(f"bad_{name}")
+    return number
+
+
+def _no_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    header = dict(pairs)
+    if len(header) != len(pairs):
+        raise InvalidToken("repeated_header")
+    return header
+
+
+def _read_header(token: str) -> dict[str, Any]:
+    segment = token.partition(".")[0]
+    try:
+        header = json.loads(_base64url(segment), object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError):
+        raise InvalidToken("bad_header") from None
+    if not isinstance(header, dict):
+        raise InvalidToken("bad_header")
+    return header
+
+
+def _base64url(text: str) -> bytes:
+    """Decode base64url, padding optional (RFC 4648 5); raises ValueError."""
+    stripped = text.rstrip("=")
+    if len(text) - len(stripped) > 2 or not _SEGMENT.match(stripped):
+        raise ValueError("not base64url")
+    try:
+        return base64.urlsafe_b64decode(stripped + "=" * (-len(stripped) % 4))
+    except binascii.Error as error:
+        raise ValueError("not base64url") from error
+
+
+def _identifier(value: object, name: str, *, empty: bool) -> str:
+    if not isinstance(value, str) or (not value and not empty):
+        raise InvalidToken(f"bad_{name}")
+    if _CONTROL.search(value) or len(value.encode(errors="replace")) > MAX_ID_BYTES:
+        raise InvalidToken(f"bad_{name}")
+    return value
+
+
+def _principal(claims: dict[str, Any], expires_at: float, now: float) -> Principal:
+    user_id = _identifier(claims.get("sub"), "sub", empty=False)
+    data = claims.get("data")
+    if not isinstance(data, str):
+        raise InvalidToken("no_data")
+    try:
+        token = UserToken.FromString(_base64url(data))
+    except (ValueError, DecodeError):
+        raise InvalidToken("bad_data") from None
+    if token.user_id != user_id:
+        raise InvalidToken("data_disagrees")
+    company_id = _identifier(token.company_id, "company_id", empty=True)
+    tier = TIERS.get(token.subscription_tier)
+    if tier is None:
+        raise InvalidToken("unknown_tier")
+    if token.expires_at:
+        if token.expires_at > expires_at:
+            raise InvalidToken("data_disagrees")
+        expires_at = float(token.expires_at)
+        if expires_at <= now:
+            raise InvalidToken("expired")
+    return Principal(user_id, company_id, tier, expires_at)
+
+
+def mint(
+    *,
+    algorithm: str,
+    key: Any,
+    user_id: str,
+    company_id: str,
+    tier: str = "free",
+    issuer: str,
+    audience: str | None = None,
+    kid: str | None = None,
+    issued_at: int,
+    expires_at: int,
+) -> str:
+    """Make a token that `TokenRules.authenticate` accepts; times in seconds since the epoch.
+
+    For development and tests: in production the API gateway issues them. An unknown tier
+    raises KeyError.
+    """
+    numbers = {name: number for number, name in TIERS.items()}
+    data = UserToken(
+        user_id=user_id,
+        company_id=company_id,
+        subscription_tier=numbers[tier],
+        issued_at=issued_at,
+        expires_at=expires_at,
+    ).SerializeToString()
+    claims: dict[str, Any] = {
+        "sub": user_id,
+        "iss": issuer,
+        "iat": issued_at,
+        "exp": expires_at,
+        "data": base64.urlsafe_b64encode(data).rstrip(b"=").decode(),
+    }
+    if audience is not None:
+        claims["aud"] = audience
+    return jwt.encode(claims, key, algorithm=algorithm, headers={"kid": kid} if kid else None)

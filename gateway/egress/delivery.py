@@ -1,0 +1,196 @@
+"""From a routed message to its place in the books.
+
+`Delivery` is the `Egress` of the sessions. A message counts as in flight from the moment the producer has taken it
+until Kafka's report; the report runs on the Trio thread, inside `KafkaProducer.poll`.
+
+What Kafka refuses for good becomes a dead letter; when the dead-letter topic refuses that too, the message is
+dropped, counted and logged (the place of the spool).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from confluent_kafka import KafkaError, KafkaException
+from google.protobuf.message import DecodeError
+
+from gateway import refusals
+from gateway.core.books import UNKNOWN_TYPE
+from gateway.core.ports import QueueFull
+from gateway.egress.deadletter import headers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.core.books import Books, Tally
+    from gateway.core.ports import Lane as LanePort
+    from gateway.core.ports import Origin
+    from gateway.core.routing import Routes
+    from gateway.egress.producer import KafkaProducer
+    from gateway.telemetry.logging import RateLimited
+    from gateway.telemetry.metrics import Counters
+
+SAMPLE_MASK: Final = 15
+"""One delivery in 16 of a tally goes into the latency histogram: observing costs as much as the rest of a report."""
+
+_PURGED: Final = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)  # noqa: SLF001  # their public spelling
+
+
+class Lane:
+    """One session's messages of one type, and what becomes of them."""
+
+    __slots__ = ("_delivery", "_origin", "tally", "topic")
+
+    def __init__(self, delivery: Delivery, origin: Origin, topic: str, tally: Tally) -> None:
+        self._delivery = delivery
+        self._origin = origin
+        self.topic = topic
+        self.tally = tally
+
+    def on_delivery(self, error: Any, message: Any) -> None:
+        """Kafka's report on one record that was sent as received."""
+        # hot: once a message; ints only, the rest sampled
+        if error is None:
+            tally = self.tally
+            tally.in_flight -= 1
+            tally.delivered += 1
+            tally.delivered_bytes += len(message)
+            if not tally.delivered & SAMPLE_MASK:
+                self._delivery.observe(message.latency())
+        else:
+            self._delivery.failed(self._origin, self.tally, error, message, message.value())
+
+    def on_stamped_delivery(self, original: bytes, error: Any, message: Any) -> None:
+        """Kafka's report on one record that was stamped; ``original`` is what the client sent."""
+        if error is None:
+            self.on_delivery(None, message)
+        else:
+            self._delivery.failed(self._origin, self.tally, error, message, original)
+
+
+class Delivery:
+    """Queues records and counts their fate; the one place that changes outcomes in the books."""
+
+    errors = (DecodeError, BufferError, KafkaException)
+
+    def __init__(
+        self,
+        producer: KafkaProducer,
+        routes: Routes,
+        books: Books,
+        counters: Counters,
+        *,
+        gateway: str,
+        log_refused: RateLimited,
+    ) -> None:
+        self.produce = producer.produce
+        self.routes = routes
+        self._producer = producer
+        self._books = books
+        self._counters = counters
+        self._gateway = gateway
+        self._log_refused = log_refused
+        self._deferred: deque[Callable[[], None]] = deque()
+
+    # The Egress port
+
+    def lane(self, origin: Origin, message_type: str) -> LanePort | None:
+        """The lane for a message type, None when it has no route."""
+        topic = self.routes.topics.get(message_type)
+        if topic is None:
+            return None
+        return Lane(self, origin, topic, self._books.tally(origin.principal.company_id, message_type))
+
+    def send(self, lane: LanePort, origin: Origin, raw: bytes, stamp: bytes) -> None:
+        """Queue ``raw + stamp`` and count it. Raises QueueFull."""
+        assert isinstance(lane, Lane)  # noqa: S101  # the only lanes there are
+        report = partial(lane.on_stamped_delivery, raw) if stamp else lane.on_delivery
+        try:
+            self.produce(lane.topic, raw + stamp, origin.principal.user_id.encode(), -1, report)
+        except BufferError:
+            self._producer.note_full()
+            raise QueueFull from None
+        except KafkaException as error:
+            self._log_refused("record refused", topic=lane.topic, error=str(error), path=origin.path)
+            self._queue_dead_letter(origin, lane.tally, raw, refusals.REASON_KAFKA_REFUSED, time.time())
+        _count_received(lane.tally, raw)
+
+    def dead_letter(self, origin: Origin, raw: bytes, reason: str) -> None:
+        """Queue ``raw`` for the dead-letter topic and count it. Raises QueueFull."""
+        tally = self._books.tally(origin.principal.company_id, UNKNOWN_TYPE)
+        self._queue_dead_letter(origin, tally, raw, reason, time.time())
+        _count_received(tally, raw)
+
+    # Kafka's reports
+
+    def observe(self, latency_s: float | None) -> None:
+        """Put one delivery's time into the histogram, for all those it stands for."""
+        if latency_s is not None:
+            self._counters.delivery_s.observe(latency_s, SAMPLE_MASK + 1)
+
+    def failed(self, origin: Origin, tally: Tally, error: Any, message: Any, original: bytes) -> None:
+        """A record is refused for good: make it a dead letter, or drop it when the producer was purged."""
+        if error.code() in _PURGED:
+            self._drop(tally, original, refusals.DROP_DRAIN_TIMEOUT)
+            return
+        self._log_refused("record refused", topic=message.topic(), error=error.str(), path=origin.path)
+        received_at = time.time() - (message.latency() or 0.0)
+        self._or_later(
+            partial(
+                self._queue_dead_letter, origin, tally, original, refusals.REASON_KAFKA_REFUSED, received_at
+            )
+        )
+
+    def retry_deferred(self) -> None:
+        """Queue the dead letters that found no room while reports were being read."""
+        for _ in range(len(self._deferred)):
+            self._or_later(self._deferred.popleft())
+
+    def _or_later(self, queue: Callable[[], None]) -> None:
+        try:
+            queue()
+        except QueueFull:  # bounded by what was in flight: each failed record made room for its dead letter
+            self._deferred.append(queue)
+
+    def _queue_dead_letter(
+        self, origin: Origin, tally: Tally, raw: bytes, reason: str, received_at: float
+    ) -> None:
+        try:
+            self._producer.produce_with_headers(
+                self.routes.dead_letter,
+                raw,
+                origin.principal.user_id.encode(),
+                partial(self._dead_letter_reported, tally, raw),
+                headers(origin, reason, received_at, self._gateway),
+            )
+        except BufferError:
+            self._producer.note_full()
+            raise QueueFull from None
+        self._counters.dead_letters[reason] += 1
+
+    def _dead_letter_reported(self, tally: Tally, raw: bytes, error: Any, message: Any) -> None:
+        if error is None:
+            tally.in_flight -= 1
+            tally.dead_lettered += 1
+            tally.dead_lettered_bytes += len(raw)
+            return
+        if error.code() in _PURGED:
+            self._drop(tally, raw, refusals.DROP_DRAIN_TIMEOUT)
+            return
+        self._log_refused("dead letter refused", topic=message.topic(), error=error.str())
+        self._drop(tally, raw, refusals.DROP_DEAD_LETTER_REFUSED)
+
+    def _drop(self, tally: Tally, raw: bytes, reason: str) -> None:
+        tally.in_flight -= 1
+        tally.dropped += 1
+        tally.dropped_bytes += len(raw)
+        self._counters.drops[reason] += 1
+
+
+def _count_received(tally: Tally, raw: bytes) -> None:
+    tally.received += 1
+    tally.received_bytes += len(raw)
+    tally.in_flight += 1

@@ -1,0 +1,206 @@
+"""confluent-kafka's producer: its settings, its polling, and what it knows of the cluster.
+
+States, seen from outside: not reached (no broker has answered for the topics yet), reached, and from then on
+``up`` or not, as librdkafka's statistics say. ``full`` is independent of it: from a BufferError until a quarter of
+what was queued then has gone.
+
+Delivery reports are read by one task calling ``poll(0)`` on the Trio thread, so everything they touch lives on one
+thread and needs no lock.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+from confluent_kafka import KafkaError, KafkaException, Producer
+
+from gateway.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from gateway.telemetry.logging import Log
+    from gateway.telemetry.metrics import Counters
+
+POLL_BUSY_S: Final = 0.005
+"""Between polls while records are in flight: 200 short calls a second, 5 ms at most on top of an ack."""
+POLL_QUIET_S: Final = 0.02
+"""Between polls while nothing is in flight: bounds how late the first report is seen."""
+ROOM_AGAIN: Final = 0.75
+"""A full queue has room again when it has shrunk to this share: not a pause for every record."""
+METADATA_TIMEOUT_S: Final = 3.0
+STATISTICS_INTERVAL_MS: Final = 1000
+
+PROPERTIES: Final[Mapping[str, str | int | float | bool]] = {
+    "enable.idempotence": True,  # no duplicates and order per partition through retries; implies acks=all
+    "acks": "all",
+    "partitioner": "murmur2_random",  # the Java client's placement, so that streams co-partition
+    "compression.type": "lz4",
+    "linger.ms": 5,
+    "batch.num.messages": 10_000,
+    "queue.buffering.max.messages": 200_000,
+    "queue.buffering.max.kbytes": 262_144,
+    # librdkafka must not give up on a record while the queue still bounds memory: an expired record would be lost, and
+    # fences an idempotent producer. 0 is for ever.
+    "message.timeout.ms": 0,
+    "socket.keepalive.enable": True,
+    "statistics.interval.ms": STATISTICS_INTERVAL_MS,
+    "log_level": 4,
+}
+"""librdkafka settings unless the operator says otherwise in ``[kafka.properties]``."""
+
+OWN_PROPERTIES: Final = frozenset(
+    {"bootstrap.servers", "enable.idempotence", "acks", "partitioner", "statistics.interval.ms", "delivery.report.only.error"}
+)
+"""What the gateway's promises rest on and ``[kafka.properties]`` may not change."""
+
+
+class KafkaProducer:
+    """The one producer of the process. `run` is its task; everything else is called from the Trio thread."""
+
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        properties: Mapping[str, str | int | float | bool],
+        counters: Counters,
+        log: Log,
+    ) -> None:
+        """Raises StartupError for a property librdkafka does not take."""
+        self._counters = counters
+        self._log = log
+        self.reached = False
+        self.up = False
+        self.full = False
+        self.missing_topics: tuple[str, ...] = ()
+        self._room_at = 0
+        self.on_room: Callable[[], None] = lambda: None
+        self.after_poll: Callable[[], None] = lambda: None
+        self._last_error = ""
+        try:
+            self._producer = Producer(
+                {
+                    **PROPERTIES,
+                    **properties,
+                    "bootstrap.servers": bootstrap_servers,
+                    "error_cb": self._on_error,
+                    "stats_cb": self._on_statistics,
+                    "logger": _RdkafkaLog(log),
+                }
+            )
+        except (KafkaException, ValueError, TypeError) as error:
+            reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+            raise StartupError(f"kafka.properties: librdkafka refuses the settings: {reason}") from error
+        self.produce: Callable[[str, bytes, bytes, int, Callable[[Any, Any], None]], None] = self._producer.produce
+        """confluent-kafka's own method, positional, not wrapped: it is called for every message."""
+
+    def __len__(self) -> int:
+        """Records not confirmed yet, reports not yet read included."""
+        return len(self._producer)
+
+    def produce_with_headers(
+        self,
+        topic: str,
+        value: bytes,
+        key: bytes,
+        on_delivery: Callable[[Any, Any], None],
+        headers: list[tuple[str, bytes]],
+    ) -> None:
+        """Queue one record with headers. Raises BufferError when there is no room."""
+        self._producer.produce(topic, value, key, on_delivery=on_delivery, headers=headers)
+
+    def note_full(self) -> None:
+        """A record found no room; `on_room` is called when there is some again."""
+        if not self.full:
+            self.full = True
+            self._counters.pauses += 1
+            self._room_at = int(len(self._producer) * ROOM_AGAIN)
+
+    def poll(self) -> None:
+        """Read the delivery reports that are there, and say so if a full queue has room again."""
+        self._producer.poll(0)
+        self.after_poll()
+        if self.full and len(self._producer) <= self._room_at:
+            self.full = False
+            self.on_room()
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        while True:
+            self.poll()
+            await trio.sleep(POLL_BUSY_S if len(self._producer) else POLL_QUIET_S)
+
+    async def check_topics(self, topics: list[str]) -> bool:
+        """Ask the cluster for each topic, in a thread; true when all are there.
+
+        Sets ``reached`` and ``missing_topics``. Takes up to `METADATA_TIMEOUT_S` a topic; cancellation leaves
+        the thread to end on its own.
+        """
+        try:
+            missing = await trio.to_thread.run_sync(
+                partial(self._missing, topics), abandon_on_cancel=True, limiter=None
+            )
+        except KafkaException as error:
+            self._note_unreachable(error.args[0].str())
+            return False
+        self.missing_topics = tuple(missing)
+        if missing:
+            self._log.warning("topics missing in Kafka", topics=missing, remedy="create them; checked again soon")
+            return False
+        self.reached = self.up = True
+        self._last_error = ""
+        return True
+
+    def _missing(self, topics: list[str]) -> list[str]:
+        missing = []
+        for topic in topics:
+            metadata = self._producer.list_topics(topic, timeout=METADATA_TIMEOUT_S).topics.get(topic)
+            if metadata is None or metadata.error is not None:
+                missing.append(topic)
+        return missing
+
+    async def flush(self, timeout_s: float) -> int:
+        """Send what is queued for up to ``timeout_s`` seconds; return how many records are left."""
+        with trio.move_on_after(timeout_s):
+            while len(self._producer):
+                self.poll()
+                await trio.sleep(POLL_BUSY_S)
+        return len(self._producer)
+
+    def purge(self) -> None:
+        """Give up on everything queued or in flight; each record's report says so before this returns."""
+        self._producer.purge()
+        self._producer.poll(0)
+
+    def _note_unreachable(self, reason: str) -> None:
+        if reason != self._last_error:
+            self._last_error = reason
+            self._log.warning("Kafka not reached", error=reason)
+
+    def _on_error(self, error: KafkaError) -> None:
+        self._counters.kafka_errors += 1
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001  # its public spelling
+            self.up = False
+        if error.str() != self._last_error:
+            self._last_error = error.str()
+            self._log.warning("Kafka error", error=error.str(), code=error.name())
+
+    def _on_statistics(self, statistics: str) -> None:
+        brokers = json.loads(statistics).get("brokers", {})
+        up = any(broker.get("state") == "UP" for broker in brokers.values())
+        if up and not self.up:
+            self._log.info("Kafka connected")
+        self.up = up
+
+
+class _RdkafkaLog:
+    """librdkafka's own log lines, as confluent-kafka hands them to a ``logging.Logger``."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def log(self, level: int, pattern: str, *arguments: object) -> None:
+        line = pattern % arguments if arguments else pattern
+        self._log.debug("librdkafka", line=line)

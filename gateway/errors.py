@@ -1,0 +1,81 @@
+"""The exception tree.
+
+::
+
+    GatewayError                    everything the gateway raises on purpose
+    ├── ConfigError                 settings that cannot be used; carries every fault, each with its path
+    ├── StartupError                a resource that cannot be had: port, certificate, key, broker setting
+    ├── Refused                     a handshake that ends with an HTTP answer; carries a refusals.Refusal
+    ├── NotAnEnvelope               bytes that are not a MessageEnvelope
+    └── ClientError                 the client side (gateway.client)
+        ├── HandshakeRejected       the server answered the upgrade with something other than 101
+        └── ConnectionLost          the connection ended while it was needed
+
+Third-party exceptions are translated into these once, at the boundary where they arise. Messages say
+what was wrong, where, and what to do; the command line prints them as one line.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gateway.refusals import Refusal
+
+
+class GatewayError(Exception):
+    """Base of everything the gateway raises on purpose."""
+
+
+class ConfigError(GatewayError):
+    """Settings that cannot be used.
+
+    ``faults`` holds one line for each, beginning with the path of the setting (``kafka.flush_timeout_s``).
+    """
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class StartupError(GatewayError):
+    """A resource the daemon needs cannot be had; the message names it."""
+
+
+class Refused(GatewayError):
+    """A handshake that is answered with an HTTP refusal instead of 101."""
+
+    def __init__(self, refusal: Refusal, detail: str = "", *, retry_after_s: int | None = None) -> None:
+        self.refusal = refusal
+        self.detail = detail
+        self.retry_after_s = retry_after_s if retry_after_s is not None else refusal.retry_after_s
+        super().__init__(f"{refusal.status} {refusal.code}" + (f": {detail}" if detail else ""))
+
+
+class NotAnEnvelope(GatewayError):
+    """A binary message whose bytes do not parse as a MessageEnvelope."""
+
+
+class ClientError(GatewayError):
+    """The client side failed."""
+
+
+class HandshakeRejected(ClientError):
+    """The server answered the upgrade with ``status`` instead of 101; ``code`` is from its JSON body."""
+
+    def __init__(self, status: int, code: str, retry_after_s: float | None = None) -> None:
+        self.status = status
+        self.code = code
+        self.retry_after_s = retry_after_s
+        super().__init__(f"handshake answered {status} {code}".rstrip())
+
+
+class ConnectionLost(ClientError):
+    """The connection ended while it was needed; ``code`` is the close code, 1006 without a close frame."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        self.code = code
+        self.reason = reason
+        super().__init__(f"connection lost: {code} {reason}".rstrip())

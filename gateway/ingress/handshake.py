@@ -1,0 +1,229 @@
+"""The opening handshake: read the request, decide, answer (RFC 6455 4.2).
+
+`Handshake.decide` is the whole decision, without I/O: a `Request` and an address in, an `Admitted` out, or Refused.
+The order of its checks is the order of the answers a client gets: HTTP, path, upgrade, Origin, admission (before any
+cryptography), account, token.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qsl, urlsplit
+
+import trio
+
+from gateway import refusals
+from gateway.core import control
+from gateway.core.principal import InvalidToken
+from gateway.errors import Refused
+from gateway.ingress import request as http
+from gateway.ingress.connection import BLOCKED, WRITE_BLOCKED
+
+if TYPE_CHECKING:
+    import socket
+
+    from gateway.core.admission import Admission
+    from gateway.core.principal import Principal, TokenRules
+    from gateway.ingress.request import Request
+    from gateway.refusals import Refusal
+
+_GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
+_ACCOUNT = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+_READ_BYTES: Final = 4096
+_PHRASES: Final = {
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    414: "URI Too Long",
+    426: "Upgrade Required",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+}
+
+
+class Disconnected(Exception):  # noqa: N818  # an ordinary end, not an error
+    """The peer went away before its request was whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """An accepted handshake. ``account`` is the MT5 account, the user_id when none was named."""
+
+    principal: Principal
+    account: str
+    path: str
+    subprotocol: str | None
+    accept: str
+
+
+@dataclass(slots=True)
+class Handshake:
+    """The rules of the opening handshake; ``rules`` may be replaced while running (reload)."""
+
+    path: str
+    allowed_origins: frozenset[str]
+    allow_query_token: bool
+    rules: TokenRules
+    admission: Admission
+
+    def decide(self, request: Request, address: str) -> Admitted:
+        """Accept or raise Refused. Reads the clocks, touches no socket."""
+        if request.path != self.path:
+            raise Refused(refusals.NOT_FOUND)
+        key = _check_upgrade(request)
+        self._check_origin(request)
+        self.admission.check(address, trio.current_time())
+        query = _query(request.query)
+        account = _account(query)
+        token, subprotocol = self._token(request, query)
+        try:
+            principal = self.rules.authenticate(token, time.time())
+        except InvalidToken as error:
+            raise Refused(refusals.INVALID_TOKEN, error.reason) from None
+        return Admitted(principal, account or principal.user_id, request.path, subprotocol, accept_key(key))
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuse a browser page of somebody else's (RFC 6455 10.2): absent and same-host Origins pass."""
+        origin = request.one("origin")
+        if origin is None or origin in self.allowed_origins:
+            return
+        try:
+            url = urlsplit(origin if "//" in origin else f"//{origin}")
+            host, port = url.hostname or "", url.port
+        except ValueError:
+            raise Refused(refusals.ORIGIN_NOT_ALLOWED) from None
+        bare = not (url.path or url.query or url.fragment or url.username is not None)
+        same_port = port is None or request.port is None or port == request.port
+        if not (bare and same_port and host and host == request.host.strip("[]")):
+            raise Refused(refusals.ORIGIN_NOT_ALLOWED)
+
+    def _token(self, request: Request, query: dict[str, list[str]]) -> tuple[str, str | None]:
+        """The token and the subprotocol to answer with, from the first place that has one."""
+        offered = request.tokens("sec-websocket-protocol")
+        chosen = next((name for name in offered if name in control.CONTROL_SUBPROTOCOLS), None)
+        authorization = request.headers.get("authorization")
+        if authorization is not None:
+            scheme, _, token = authorization[0].partition(" ")
+            if len(authorization) > 1 or scheme.lower() != "bearer":
+                raise Refused(refusals.INVALID_TOKEN, "bad_authorization")
+            if chosen is None and control.BEARER in offered:
+                chosen = control.BEARER
+            return token.strip(" "), chosen
+        if control.BEARER in offered[:-1]:
+            token = offered[offered.index(control.BEARER) + 1]
+            return token, chosen or control.BEARER
+        in_query = query.get("access_token", [])
+        if self.allow_query_token and len(in_query) == 1:
+            return in_query[0], chosen
+        raise Refused(refusals.INVALID_TOKEN, "no_token")
+
+
+def accept_key(key: str) -> str:
+    """Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest()).decode()
+
+
+def _check_upgrade(request: Request) -> str:
+    """Check what makes the request an upgrade (RFC 6455 4.2.1); return the key."""
+    upgrade = [token.lower() for token in request.tokens("upgrade")]
+    connection = [token.lower() for token in request.tokens("connection")]
+    if "websocket" not in upgrade or "upgrade" not in connection:
+        raise Refused(refusals.UPGRADE_REQUIRED)
+    if request.headers.get("sec-websocket-version") != ["13"]:
+        raise Refused(refusals.UPGRADE_REQUIRED, "version")
+    keys = request.headers.get("sec-websocket-key", [])
+    try:
+        valid = len(keys) == 1 and len(base64.b64decode(keys[0], validate=True)) == 16
+    except binascii.Error:
+        valid = False
+    if not valid:
+        raise Refused(refusals.BAD_KEY)
+    return keys[0]
+
+
+def _query(query: str) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    try:
+        for name, value in parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=32):
+            values.setdefault(name, []).append(value)
+    except ValueError:
+        raise Refused(refusals.BAD_REQUEST, "malformed query") from None
+    return values
+
+
+def _account(query: dict[str, list[str]]) -> str | None:
+    accounts = query.get("account")
+    if accounts is None:
+        return None
+    if len(accounts) != 1 or not _ACCOUNT.match(accounts[0]):
+        raise Refused(refusals.BAD_ACCOUNT)
+    return accounts[0]
+
+
+async def read_request(sock: socket.socket, buffer: bytearray) -> Request:
+    """Read the head from a non-blocking socket; leave in ``buffer`` what came after it.
+
+    Raises Refused, Disconnected or OSError. The caller's deadline bounds it; cancelled, it has taken nothing
+    that matters.
+    """
+    while True:
+        try:
+            data = sock.recv(_READ_BYTES)
+        except BLOCKED:
+            await trio.lowlevel.wait_readable(sock.fileno())
+            continue
+        if not data:
+            raise Disconnected
+        buffer += data
+        end = http.head_end(buffer)
+        if end >= 0:
+            head = bytes(buffer[:end])
+            del buffer[:end]
+            return http.parse(head)
+
+
+async def write_all(sock: socket.socket, data: bytes) -> None:
+    """Write everything to a non-blocking socket. Raises OSError; the caller's deadline bounds it."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[sock.send(view) :]
+        except WRITE_BLOCKED:
+            await trio.lowlevel.wait_writable(sock.fileno())
+
+
+def acceptance(admitted: Admitted) -> bytes:
+    """The 101 answer (RFC 6455 4.2.2). MT5 clients compare the header's name with its case."""
+    protocol = f"Sec-WebSocket-Protocol: {admitted.subprotocol}\r\n" if admitted.subprotocol else ""
+    return (
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Accept: {admitted.accept}\r\n{protocol}\r\n"
+    ).encode()
+
+
+def refusal_answer(refusal: Refusal, retry_after_s: int | None) -> bytes:
+    """The HTTP answer for a refusal, connection closed after it."""
+    body = json.dumps({"error": {"code": refusal.code, "message": refusal.message}}).encode()
+    headers = [
+        ("Content-Type", "application/json"),
+        ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"),
+        ("Connection", "close, Upgrade" if refusal.status == 426 else "close"),  # RFC 9110 7.8
+        *refusal.headers,
+    ]
+    if retry_after_s is not None:
+        headers.append(("Retry-After", str(retry_after_s)))
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return f"HTTP/1.1 {refusal.status} {_PHRASES[refusal.status]}\r\n{head}\r\n".encode() + body

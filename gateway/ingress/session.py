@@ -1,0 +1,236 @@
+"""A connection whose messages are routed: the envelope's header read, its bytes handed to Kafka.
+
+Everything here runs inside `Readiness`' turn, synchronously. One connection's messages are handed over in the order
+in which they were received: when the producer has no room, what is left of a read waits in ``_backlog``, in
+order, and nothing further is read from anybody.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gateway import refusals
+from gateway.core import control
+from gateway.core.envelope import foreign, identity_stamp, parse, tracing_stamp
+from gateway.core.ports import QueueFull
+from gateway.errors import NotAnEnvelope
+from gateway.ingress import frames
+from gateway.ingress.connection import OPEN, Connection
+from gateway.v1.envelope_pb2 import MessageEnvelope
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from gateway.core.ports import Egress, Lane
+    from gateway.core.principal import Principal
+    from gateway.ingress.connection import ConnectionLimits
+    from gateway.ingress.frames import Item
+    from gateway.ingress.readiness import Readiness
+    from gateway.refusals import Close
+
+
+@dataclass(frozen=True, slots=True)
+class SessionContext:
+    """What all sessions share."""
+
+    readiness: Readiness
+    limits: ConnectionLimits
+    egress: Egress
+    ack_interval_ms: int
+    reconnect_window_ms: int
+    """``closing.reconnect_after_ms`` is drawn from 0 to this, so that clients do not all come back at once."""
+    notify: Callable[[Session], None]
+    """Called when a session has something to say that may wait for ``ack_interval_ms``."""
+    on_crash: Callable[[Session, Exception], None]
+
+
+class Session(Connection):
+    """An authenticated connection; the `Origin` of what it hands over."""
+
+    __slots__ = (
+        "_backlog",
+        "_context",
+        "_key",
+        "_lanes",
+        "_rejections",
+        "connection_id",
+        "path",
+        "principal",
+        "received",
+        "subprotocol",
+    )
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: SessionContext,
+        *,
+        connection_id: str,
+        principal: Principal,
+        path: str,
+        subprotocol: str | None,
+    ) -> None:
+        super().__init__(sock, context.readiness, context.limits)
+        # Spreads the pings of clients that all came back at the same moment.
+        self.last_ping -= random.random() * context.limits.ping_interval_s  # noqa: S311  # not a secret
+        self._context = context
+        self._key = principal.user_id.encode()
+        self._lanes: dict[str, Lane] = {}
+        self._backlog: list[Item] | None = None
+        self._rejections: dict[str, tuple[int, int]] | None = None
+        self.connection_id = connection_id
+        self.principal = principal
+        self.path = path
+        self.subprotocol = subprotocol if subprotocol in control.CONTROL_SUBPROTOCOLS else None
+        self.received = 0
+        """Binary messages handed over so far: the index, from 1, of the last one."""
+
+    # The way in
+
+    def _take(self, items: list[Item]) -> None:
+        if self._backlog is not None:
+            self._backlog += items
+            return
+        takes = self.state == OPEN or self._takes_while_closing
+        principal = self.principal
+        user_id, company_id, key = principal.user_id, principal.company_id, self._key
+        lanes = self._lanes
+        egress = self._context.egress
+        produce = egress.produce
+        rest = iter(items)
+        # hot: the plain case in one go, with locals for all that a message touches; whatever is not plain, and
+        # whatever raises, takes `_route` from the beginning. bench/micro.py has the gain.
+        for item in rest:
+            if item.__class__ is not bytes:
+                self._event(item)
+                continue
+            if not takes:
+                continue
+            try:
+                envelope = MessageEnvelope.FromString(item)  # type: ignore[arg-type]  # bytes, by its class
+                lane = lanes.get(envelope.message_type)
+                if (
+                    lane is not None
+                    and envelope.user_id == user_id
+                    and envelope.company_id == company_id
+                    and not envelope.enable_tracing
+                ):
+                    produce(lane.topic, item, key, -1, lane.on_delivery)  # type: ignore[arg-type]  # as above
+                    tally = lane.tally
+                    tally.received += 1
+                    tally.received_bytes += len(item)  # type: ignore[arg-type]  # as above
+                    tally.in_flight += 1
+                    self.received += 1
+                    continue
+            except egress.errors:
+                pass
+            try:
+                self._route(item)  # type: ignore[arg-type]  # as above
+            except QueueFull:
+                self._backlog = [item, *rest]
+                self._readiness.stall(self)
+                return
+
+    def _route(self, raw: bytes) -> None:
+        """Judge one message and hand it over: to its topic or as a dead letter. Raises QueueFull."""
+        principal = self.principal
+        egress = self._context.egress
+        try:
+            envelope = parse(raw)
+        except NotAnEnvelope:
+            self._reject(raw, refusals.REASON_NOT_AN_ENVELOPE)
+            return
+        reason = foreign(envelope, principal)
+        if reason is not None:
+            self._reject(raw, reason)
+            return
+        lane = self._lanes.get(envelope.message_type) or egress.lane(self, envelope.message_type)
+        if lane is None:
+            self._reject(raw, refusals.REASON_UNKNOWN_TYPE)
+            return
+        self._lanes[envelope.message_type] = lane
+        stamp = identity_stamp(envelope, principal)
+        if envelope.enable_tracing and not envelope.correlation_id:
+            stamp += tracing_stamp(f"{self.connection_id}-{self.received + 1}")
+        egress.send(lane, self, raw, stamp)
+        self.received += 1
+
+    def _reject(self, raw: bytes, reason: str) -> None:
+        self._context.egress.dead_letter(self, raw, reason)
+        self.received += 1
+        if self.subprotocol is not None:
+            if self._rejections is None:
+                self._rejections = {}
+            count, _ = self._rejections.get(reason, (0, 0))
+            self._rejections[reason] = (count + 1, self.received)
+            self._context.notify(self)
+
+    def resume(self) -> None:
+        backlog, self._backlog = self._backlog, None
+        if backlog is not None:
+            self._take(backlog)
+            if self._backlog is None:
+                self._wake()
+
+    async def _settle(self) -> None:
+        while self._backlog is not None:
+            await self._park()
+
+    def forget_routes(self) -> None:
+        """Look every route up anew: the table has changed. What is in flight keeps its old lane."""
+        self._lanes = {}
+
+    # What the client is told
+
+    def _start(self, first: bytes) -> None:
+        if self.subprotocol is not None:
+            limits = self._limits
+            self._tell(
+                control.welcome(
+                    connection_id=self.connection_id,
+                    principal=self.principal,
+                    max_message_bytes=limits.max_message_bytes,
+                    ping_interval_s=limits.ping_interval_s,
+                    ack_interval_ms=self._context.ack_interval_ms,
+                )
+            )
+        super()._start(first)
+
+    def _tell(self, message: dict[str, object]) -> None:
+        if self.subprotocol is None:
+            return
+        encoded = control.encode(message, self.subprotocol)
+        if isinstance(encoded, str):
+            self.send(frames.TEXT, encoded.encode())
+        else:
+            self.send(frames.BINARY, encoded)
+
+    def send_notices(self) -> None:
+        """Send what has gathered for the client since the last time."""
+        rejections, self._rejections = self._rejections, None
+        for reason, (count, last) in (rejections or {}).items():
+            self._tell(control.rejected(count, reason, last))
+
+    def _announce(self, close: Close, reason: str) -> None:
+        if self.subprotocol is not None and self.state == OPEN:
+            self.send_notices()
+            window_ms = self._context.reconnect_window_ms if close.retryable else 0
+            self._tell(control.closing(close.code, reason, random.randint(0, window_ms)))  # noqa: S311  # jitter
+
+    # Looked after by Heartbeat
+
+    def tick(self, now: float) -> None:
+        remaining_s = self.principal.expires_at - time.time()
+        if remaining_s <= 0:
+            self.close(refusals.CLOSE_TOKEN_EXPIRED)
+            return
+        super().tick(now)
+        self.due = min(self.due, now + remaining_s)
+
+    def _log_crash(self, error: Exception) -> None:
+        self._context.on_crash(self, error)
+

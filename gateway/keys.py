@@ -1,0 +1,157 @@
+"""Key and certificate files, read and checked: what fails names the setting and the file, never the key.
+
+Everything here is read again on SIGHUP; a file that cannot be used leaves what was loaded before in place.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.x509 import load_pem_x509_certificate
+
+from gateway.config import MIN_SECRET_BYTES
+from gateway.core.principal import TokenRules, VerifyKey
+from gateway.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gateway.config import AuthSettings, TlsSettings
+
+_MIN_RSA_BITS = 2048  # RFC 7518 3.3
+
+
+def token_rules(settings: AuthSettings) -> TokenRules:
+    """Load every configured key. Raises ConfigError with all that cannot be used."""
+    faults: list[str] = []
+    keys: list[VerifyKey] = []
+    for load in (_secret, _public_keys, _jwks):
+        try:
+            keys += load(settings)
+        except ConfigError as error:
+            faults += error.faults
+    for algorithm in settings.algorithms:
+        if not faults and not any(key.algorithm == algorithm for key in keys):
+            faults.append(f"auth.algorithms: no key for {algorithm}")
+    if faults:
+        raise ConfigError(faults)
+    return TokenRules(tuple(keys), settings.issuer, settings.audience, settings.leeway_s)
+
+
+def read_secret(settings: AuthSettings) -> bytes | None:
+    """The HS256 secret, None when there is none. Raises ConfigError."""
+    where, secret = "auth.secret", b""
+    if settings.secret is not None:
+        secret = settings.secret.get_secret_value().encode()
+    elif settings.secret_file is not None:
+        where = f"auth.secret_file: {settings.secret_file}"
+        secret = _read(where, settings.secret_file).strip()
+    else:
+        return None
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ConfigError([f"{where}: a secret of at least {MIN_SECRET_BYTES} bytes is needed"])
+    return secret
+
+
+def _secret(settings: AuthSettings) -> list[VerifyKey]:
+    secret = read_secret(settings)
+    return [] if secret is None else [VerifyKey("HS256", secret, settings.secret_kid)]
+
+
+def _read(where: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError([f"{where}: {error.strerror}"]) from error
+
+
+def _public_keys(settings: AuthSettings) -> list[VerifyKey]:
+    keys = []
+    for index, entry in enumerate(settings.public_keys):
+        where = f"auth.public_keys.{index}.file: {entry.file}"
+        pem = _read(where, entry.file)
+        try:
+            if b"BEGIN CERTIFICATE" in pem:
+                key: Any = load_pem_x509_certificate(pem).public_key()
+            else:
+                key = load_pem_public_key(pem)
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise ConfigError([f"{where}: not a PEM public key"]) from error
+        keys.append(_bind(where, key, entry.kid, settings))
+    return keys
+
+
+def _jwks(settings: AuthSettings) -> list[VerifyKey]:
+    if settings.jwks_file is None:
+        return []
+    where = f"auth.jwks_file: {settings.jwks_file}"
+    text = _read(where, settings.jwks_file)
+    try:
+        entries = jwt.PyJWKSet.from_json(text.decode()).keys
+    except Exception as error:  # PyJWT lets TypeError, AttributeError and others through for odd JSON
+        raise ConfigError([f"{where}: not a JWKS (RFC 7517)"]) from error
+    keys = []
+    for entry in entries:
+        if entry.public_key_use not in (None, "sig"):
+            continue
+        if entry.key_type == "oct":
+            raise ConfigError([f"{where}: key {entry.key_id!r} is a shared secret: use auth.secret_file"])
+        keys.append(_bind(f"{where}: key {entry.key_id!r}", entry.key, entry.key_id, settings))
+    if not keys:
+        raise ConfigError([f"{where}: holds no key for signatures"])
+    return keys
+
+
+def _bind(where: str, key: Any, kid: str | None, settings: AuthSettings) -> VerifyKey:
+    """Bind a public key to the one algorithm of its kind (RFC 8725 3.1)."""
+    if isinstance(key, RSAPublicKey):
+        algorithm = "RS256"
+        if key.key_size < _MIN_RSA_BITS:
+            raise ConfigError([f"{where}: RSA key of {key.key_size} bits; {_MIN_RSA_BITS} are needed"])
+    elif isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1):
+        algorithm = "ES256"
+    elif isinstance(key, Ed25519PublicKey | Ed448PublicKey):
+        algorithm = "EdDSA"
+    else:
+        raise ConfigError([f"{where}: not an RSA, P-256 or EdDSA public key"])
+    if algorithm not in settings.algorithms:
+        raise ConfigError([f"{where}: a key for {algorithm}, which auth.algorithms does not name"])
+    return VerifyKey(algorithm, key, kid)
+
+
+def tls_context(settings: TlsSettings) -> ssl.SSLContext | None:
+    """A server context for TLS 1.2 and later, None without a certificate. Raises ConfigError."""
+    if settings.cert_file is None or settings.key_file is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # WebSocket over TLS is HTTP/1.1 here (RFC 6455); saying so keeps a client from trying HTTP/2.
+    context.set_alpn_protocols(["http/1.1"])
+    load_certificate(context, settings)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, settings: TlsSettings) -> None:
+    """Load the pair into ``context``, which may be serving. Raises ConfigError and then changes nothing.
+
+    A pair that does not match breaks the context it is loaded into, so it is tried on another one first.
+    """
+    assert settings.cert_file is not None and settings.key_file is not None  # noqa: S101, PT018  # the callers' case
+    for name, path in (("cert_file", settings.cert_file), ("key_file", settings.key_file)):
+        _read(f"tls.{name}: {path}", path)
+    try:
+        # The empty password keeps OpenSSL from asking for one on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.cert_file, settings.key_file, password="")
+    except (ssl.SSLError, OSError) as error:
+        reason = getattr(error, "reason", None) or "unusable"
+        raise ConfigError(
+            [f"tls: {settings.cert_file} and {settings.key_file} are no certificate with its key: {reason}"]
+        ) from error
+    context.load_cert_chain(settings.cert_file, settings.key_file, password="")

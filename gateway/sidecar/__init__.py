@@ -1,0 +1,1 @@
+"""The HTTP surface for operators: `asgi` answers, `server` serves it on hypercorn."""

@@ -1,0 +1,95 @@
+"""Serves the sidecar on hypercorn's Trio worker, hardened.
+
+* hypercorn sends inside a shielded scope, so a client that stops reading would hold a shutdown for ever: the sockets
+  carry TCP_USER_TIMEOUT, which makes the send fail.
+* A request can make hypercorn's worker raise out of `serve` (a non-ASCII upgrade header does): it is started again on
+  the same listening socket.
+* Requests are bounded in size and in time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve
+
+from gateway.errors import StartupError
+
+if TYPE_CHECKING:
+    from gateway.sidecar.asgi import Sidecar
+    from gateway.telemetry.logging import RateLimited
+
+USER_TIMEOUT_MS: Final = 2_000
+"""Bytes a client does not take for this long end its connection (tcp(7)); a scraper on loopback takes microseconds."""
+READ_TIMEOUT_S: Final = 10
+RESTART_PAUSE_S: Final = 0.1
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A bound socket, not listening yet. Raises StartupError naming the address."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise StartupError(f"sidecar: {host}:{port}: no such address: {error.strerror or error}") from error
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+        sock.bind(address)
+        # Listening at once makes a port in use fail here, not inside hypercorn.
+        sock.listen(64)
+    except OSError as error:
+        sock.close()
+        raise StartupError(f"sidecar: {host}:{port}: {error.strerror or error}") from error
+    return sock
+
+
+def _config(sock: socket.socket) -> Config:
+    config = Config()
+    # hypercorn closes what it is given; a duplicate leaves the socket to the next start
+    config.bind = [f"fd://{os.dup(sock.fileno())}"]
+    config.accesslog = None
+    config.errorlog = None
+    config.include_server_header = False
+    config.alpn_protocols = ["http/1.1"]
+    config.h11_max_incomplete_size = 16_384
+    config.read_timeout = READ_TIMEOUT_S
+    config.keep_alive_timeout = READ_TIMEOUT_S
+    config.graceful_timeout = 1.0
+    config.shutdown_timeout = 1.0
+    config.startup_timeout = 5.0
+    config.websocket_max_message_size = 1024
+    return config
+
+
+async def run(
+    app: Sidecar,
+    sock: socket.socket,
+    log_restart: RateLimited,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve ``app`` on ``sock`` until cancelled; starts with the port. Closes ``sock``.
+
+    Cancelled, it ends within `USER_TIMEOUT_MS` whatever its clients do.
+    """
+    try:
+        reported = False
+        while True:
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(
+                        partial(serve, app, _config(sock), shutdown_trigger=trio.sleep_forever)  # type: ignore[arg-type]  # hypercorn's union of WSGI and ASGI
+                    )
+                    if not reported:
+                        task_status.started(sock.getsockname()[1])
+                        reported = True
+            except Exception as error:  # noqa: BLE001  # the barrier around hypercorn's worker
+                log_restart("sidecar restarted", exc_info=error)
+            await trio.sleep(RESTART_PAUSE_S)
+    finally:
+        sock.close()

@@ -1,0 +1,36 @@
+"""What systemd wants to know: sd_notify(3) and its watchdog. Without systemd nothing here does anything."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+
+def notify(*assignments: str) -> None:
+    """Send a state to the socket in NOTIFY_SOCKET, if there is one: ``READY=1``, ``STOPPING=1``, ``STATUS=...``."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):  # an abstract socket (unix(7))
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.setblocking(False)
+            sock.sendto("\n".join(assignments).encode(), address)
+    except OSError:
+        return  # systemd decides by its own timeouts when it hears nothing
+
+
+def reloading() -> None:
+    """Say that a reload begins (Type=notify-reload wants the time); ``READY=1`` ends it."""
+    notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+
+def watchdog_interval_s() -> float | None:
+    """How often to send ``WATCHDOG=1``: half of WATCHDOG_USEC (sd_watchdog_enabled(3)); None when not wanted."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    process = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    if not microseconds.isdigit() or process != str(os.getpid()):
+        return None
+    return int(microseconds) / 2_000_000
