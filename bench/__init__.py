@@ -1,0 +1,1 @@
+"""Benchmarks and the tools they need; see each module's ``--help``."""

@@ -1,0 +1,215 @@
+"""A real gateway process for benches and tests: configured, started, watched, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bench.kafka import cpu_seconds
+from gateway.config import AuthSettings
+from gateway.devkeys import mint_with_secret
+
+START_TIMEOUT_S = 30.0
+
+
+class Daemon:
+    """``gateway serve`` as a child process, from entering to leaving the context.
+
+    ``kafka`` is a bootstrap address, or ``embedded``. ``settings`` are dotted settings over those a test needs: free
+    ports, a secret of its own, no limit on handshakes. With ``cpus`` the process is pinned as ``taskset -c`` does.
+    """
+
+    def __init__(
+        self,
+        kafka: str = "embedded",
+        *,
+        settings: dict[str, Any] | None = None,
+        cpus: str | None = None,
+        environment: dict[str, str] | None = None,
+        wait_ready: bool = True,
+    ) -> None:
+        self.secret = secrets.token_urlsafe(48).encode()
+        self._embedded = kafka == "embedded"
+        self._settings: dict[str, Any] = {
+            "listen.port": 0,
+            "sidecar.port": 0,
+            "listen.handshakes_per_address_per_s": 0,
+            **({} if self._embedded else {"kafka.bootstrap_servers": kafka}),
+            **(settings or {}),
+        }
+        self._cpus = cpus
+        self._environment = environment or {}
+        self._wait_ready = wait_ready
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self.process: subprocess.Popen[str] | None = None
+        self.url = ""
+        self.sidecar = ""
+        self.kafka = ""
+
+    @property
+    def home(self) -> Path:
+        """The daemon's directory: ``gateway.toml``, ``log`` and whatever the caller puts there."""
+        assert self._directory is not None
+        return Path(self._directory.name)
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process id."""
+        assert self.process is not None
+        return self.process.pid
+
+    def __enter__(self) -> Daemon:
+        self._directory = tempfile.TemporaryDirectory(prefix="gateway-daemon-")
+        (self.home / "secret").write_bytes(self.secret)
+        self._settings.setdefault("auth.secret_file", "secret")
+        self.write_config(self._settings)
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self._reader.join()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+        if self._directory is not None:
+            self._directory.cleanup()
+
+    def write_config(self, settings: dict[str, Any]) -> Path:
+        """Write dotted settings as the daemon's TOML file."""
+        sections: dict[str, list[str]] = {}
+        for dotted, value in settings.items():
+            section, _, key = dotted.partition(".")
+            sections.setdefault(section, []).append(f"{key} = {_toml(value)}")
+        text = "\n".join(f"[{name}]\n" + "\n".join(lines) for name, lines in sections.items())
+        path = self.home / "gateway.toml"
+        path.write_text(text + "\n")
+        return path
+
+    def reconfigure(self, **settings: Any) -> None:
+        """Change settings in the file (``routes__topics=...``); a SIGHUP makes the daemon read it."""
+        self._settings.update({name.replace("__", "."): value for name, value in settings.items()})
+        self.write_config(self._settings)
+
+    def start(self) -> None:
+        """Start the process and wait for its addresses, and for its readiness unless told not to."""
+        command = [sys.executable, "-m", "gateway", "serve", "--config", str(self.home / "gateway.toml")]
+        if self._embedded:
+            command.append("--embedded-kafka")
+        if self._cpus:
+            command = ["taskset", "-c", self._cpus, *command]
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **self._environment},
+            )
+        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader.start()
+        self.url = self._expect("listening on ")
+        self.sidecar = self._expect("sidecar on ")
+        self.kafka = self._expect("kafka at ").removesuffix(" (embedded)")
+        if self._wait_ready:
+            self.wait_ready()
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def _expect(self, what: str) -> str:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(f"the daemon did not say {what!r}:\n{self.log()}") from None
+            if line is None:
+                raise RuntimeError(f"the daemon ended before it said {what!r}:\n{self.log()}")
+            if what in line:
+                return line.partition(what)[2].strip()
+
+    def wait_ready(self) -> None:
+        """Wait until the daemon says it is ready."""
+        self._expect("ready")
+
+    def log(self) -> str:
+        """What the daemon has written to standard error so far."""
+        return (self.home / "log").read_text(errors="replace")
+
+    def token(self, user: str = "alice", company: str = "acme", tier: str = "pro", ttl_s: int = 3600) -> str:
+        """A token this daemon accepts."""
+        return mint_with_secret(
+            AuthSettings(secret=self.secret.decode()),  # type: ignore[arg-type]  # pydantic makes it a SecretStr
+            self.secret,
+            user_id=user,
+            company_id=company,
+            tier=tier,
+            ttl_s=ttl_s,
+        )
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of a GET on the sidecar."""
+        try:
+            with urllib.request.urlopen(self.sidecar + path, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def books(self) -> dict[str, int]:
+        """The totals of ``/health``."""
+        totals: dict[str, int] = json.loads(self.get("/health")[1])["messages"]
+        return totals
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the process a signal."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self, timeout_s: float = 60.0) -> int:
+        """SIGTERM, then the exit status."""
+        self.signal(signal.SIGTERM)
+        assert self.process is not None
+        return self.process.wait(timeout_s)
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the process, Kafka threads included."""
+        return cpu_seconds(self.pid)
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the process (proc(5), statm)."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,249 @@
+"""Apache Kafka on loopback, from its Maven Central jars: for tests, benches and trials.
+
+``python -m bench.kafka`` starts one node in KRaft mode, creates the gateway's topics, prints its address and runs until
+interrupted. It needs Java 17 and ``mvn``; the jars (about 45 MB) are kept in ``$XDG_CACHE_HOME/gateway/kafka-VERSION``.
+
+`ApacheKafka` is the same for Python: a context manager that owns the process and its data directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
+
+KAFKA_VERSION = "4.1.1"
+SLF4J_VERSION = "1.7.36"
+PARTITIONS = 8
+START_TIMEOUT_S = 60.0
+
+_POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>
+<groupId>bench</groupId><artifactId>kafka</artifactId><version>1</version>
+<dependencies>
+<dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{KAFKA_VERSION}</version></dependency>
+<dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId><version>{SLF4J_VERSION}</version></dependency>
+</dependencies></project>
+"""
+
+
+class KafkaUnavailable(Exception):
+    """Apache Kafka cannot be started here; the message says what is missing."""
+
+
+def why_not() -> str | None:
+    """What is missing to run Apache Kafka here, None when nothing is."""
+    if shutil.which("java") is None:
+        return "Java 17 is not installed"
+    if not _jars().is_dir() and shutil.which("mvn") is None:
+        return "mvn is not installed, and the jars are not cached"
+    return None
+
+
+def _jars() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "gateway" / f"kafka-{KAFKA_VERSION}"
+
+
+def ensure_jars() -> Path:
+    """The directory with Kafka's jars, downloaded by Maven the first time. Raises KafkaUnavailable."""
+    reason = why_not()
+    if reason is not None:
+        raise KafkaUnavailable(reason)
+    jars = _jars()
+    jars.parent.mkdir(parents=True, exist_ok=True)
+    with (jars.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not jars.is_dir():
+            with tempfile.TemporaryDirectory(dir=jars.parent) as directory:
+                (Path(directory) / "pom.xml").write_text(_POM)
+                command = ["mvn", "-q", "-B", "dependency:copy-dependencies", "-DincludeScope=runtime"]
+                done = subprocess.run(
+                    [*command, "-DoutputDirectory=libs"], cwd=directory, capture_output=True, text=True, check=False
+                )
+                if done.returncode:
+                    raise KafkaUnavailable(f"mvn could not fetch Kafka: {done.stdout[-800:]}")
+                (Path(directory) / "libs").rename(jars)
+    return jars
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+class ApacheKafka:
+    """A one-node Kafka of its own, from entering to leaving the context. Raises KafkaUnavailable."""
+
+    def __init__(self, *, port: int | None = None, cpus: str | None = None, heap: str = "1g") -> None:
+        """``cpus`` pins the broker to those cores, as ``taskset -c`` takes them."""
+        free = _free_ports(2)
+        self._port = port or free[0]
+        self._controller_port = free[1]
+        self._cpus = cpus
+        self._heap = heap
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.bootstrap_servers = f"127.0.0.1:{self._port}"
+
+    def __enter__(self) -> ApacheKafka:
+        self._jars = ensure_jars()
+        self._directory = tempfile.TemporaryDirectory(prefix="gateway-kafka-")
+        try:
+            self._format()
+            self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+        if self._directory is not None:
+            self._directory.cleanup()
+
+    def _java(self, *arguments: str) -> list[str]:
+        pin = ["taskset", "-c", self._cpus] if self._cpus else []
+        options = [f"-Xmx{self._heap}", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
+        return [*pin, "java", *options, "-cp", f"{self._jars}/*", *arguments]
+
+    @property
+    def _home(self) -> Path:
+        assert self._directory is not None
+        return Path(self._directory.name)
+
+    def _format(self) -> None:
+        properties = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
+            "listeners": f"PLAINTEXT://127.0.0.1:{self._port},CONTROLLER://127.0.0.1:{self._controller_port}",
+            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self._port}",
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "log.dirs": self._home / "data",
+            "offsets.topic.replication.factor": 1,
+            "offsets.topic.num.partitions": 4,
+            "share.coordinator.state.topic.replication.factor": 1,
+            "share.coordinator.state.topic.min.isr": 1,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "group.initial.rebalance.delay.ms": 0,
+            "auto.create.topics.enable": "false",
+        }
+        lines = [f"{name}={value}" for name, value in properties.items()]
+        (self._home / "server.properties").write_text("\n".join(lines) + "\n")
+        tool = self._java("kafka.tools.StorageTool")
+        cluster = subprocess.run([*tool, "random-uuid"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [*tool, "format", "-t", cluster, "-c", str(self._home / "server.properties")],
+            capture_output=True,
+            check=True,
+        )
+
+    def start(self) -> None:
+        """Start the broker on its data directory and wait until it answers. Raises KafkaUnavailable."""
+        with (self._home / "broker.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self._java("kafka.Kafka", str(self._home / "server.properties")),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        admin = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
+        while True:
+            try:
+                if admin.list_topics(timeout=2).brokers:
+                    return
+            except KafkaException:
+                pass
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                tail = (self._home / "broker.log").read_text(errors="replace")[-1500:]
+                raise KafkaUnavailable(f"the broker did not start:\n{tail}")
+
+    def kill(self) -> None:
+        """End the broker at once, as a crash would; its data directory stays."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def suspend(self, seconds: float) -> None:
+        """Stop the broker's process with SIGSTOP for ``seconds``, then let it go on."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.process.send_signal(signal.SIGCONT)
+
+    def cpu_s(self) -> float:
+        """CPU seconds the broker has used."""
+        assert self.process is not None
+        return cpu_seconds(self.process.pid)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds, user and system, of a process with all its threads (proc(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def create_topics(
+    bootstrap_servers: str,
+    topics: list[str] | None = None,
+    *,
+    partitions: int = PARTITIONS,
+    config: dict[str, str] | None = None,
+) -> None:
+    """Create the gateway's default topics, or ``topics``; those that exist are left as they are."""
+    names = topics or sorted({*DEFAULT_ROUTES.values(), DEFAULT_DEAD_LETTER_TOPIC})
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers})
+    existing = admin.list_topics(timeout=10).topics
+    wanted = [
+        NewTopic(name, num_partitions=partitions, replication_factor=1, config=config or {})
+        for name in names
+        if name not in existing
+    ]
+    for future in (admin.create_topics(wanted) if wanted else {}).values():
+        future.result(timeout=30)
+
+
+def main() -> None:
+    """Run a broker until interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kafka", description=__doc__.partition("\n")[0])
+    parser.add_argument("--port", type=int, default=9092, help="client port (default 9092)")
+    parser.add_argument("--cpus", help="pin the broker to these cores, e.g. 1")
+    parser.add_argument("--partitions", type=int, default=PARTITIONS, help="partitions a topic (default 8)")
+    arguments = parser.parse_args()
+    try:
+        with ApacheKafka(port=arguments.port, cpus=arguments.cpus) as kafka:
+            create_topics(kafka.bootstrap_servers, partitions=arguments.partitions)
+            print(f"Apache Kafka {KAFKA_VERSION} on {kafka.bootstrap_servers}, topics created; Ctrl-C ends it", flush=True)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            signal.pause()
+    except KafkaUnavailable as error:
+        sys.exit(f"bench.kafka: {error}")
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    main()
