@@ -144,6 +144,7 @@ def run_once(kafka: str, cores: Cores, options: argparse.Namespace) -> dict[str,
         status = daemon.stop()
     return {
         "sent": sent,
+        "sent_per_s": measured["sent_per_s"],
         "delivered": report["total"] - report["duplicated"],
         "lost": sent - (report["total"] - report["duplicated"]),
         "duplicated": report["duplicated"],
@@ -158,6 +159,7 @@ def run_once(kafka: str, cores: Cores, options: argparse.Namespace) -> dict[str,
         "unsent_bytes_at_end": measured["waiting_bytes"],
         "connections_closed": measured["closed"],
         "load_cpu_share": measured["cpu_share"],
+        "consumer_cpu_share": report["cpu_share"],
         "handshakes_per_s": options.clients / connected["seconds"],
         "handshake_cpu_us": handshake_cpu_us,
         "rss_per_connection_bytes": rss_per_connection,
@@ -167,7 +169,8 @@ def run_once(kafka: str, cores: Cores, options: argparse.Namespace) -> dict[str,
 
 
 _COLUMNS = (
-    ("rate", "msg/s", "{:,.0f}"),
+    ("sent_per_s", "sent/s", "{:,.0f}"),
+    ("rate", "got/s", "{:,.0f}"),
     ("cpu_share", "CPU of the core", "{:.0%}"),
     ("cpu_us_per_message", "CPU µs/msg", "{:.1f}"),
     ("p50_ms", "p50 ms", "{:.1f}"),
@@ -177,6 +180,7 @@ _COLUMNS = (
     ("duplicated", "dup", "{:,.0f}"),
     ("out_of_order", "disorder", "{:,.0f}"),
     ("load_cpu_share", "load CPU", "{:.0%}"),
+    ("consumer_cpu_share", "consumer CPU", "{:.0%}"),
     ("rss_per_connection_bytes", "B/conn", "{:,.0f}"),
 )
 

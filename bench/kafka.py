@@ -122,7 +122,8 @@ class ApacheKafka:
 
     def _java(self, *arguments: str) -> list[str]:
         pin = ["taskset", "-c", self._cpus] if self._cpus else []
-        options = [f"-Xmx{self._heap}", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
+        # One core is all the broker gets in a bench: a collector without threads of its own, few request threads.
+        options = [f"-Xms{self._heap}", f"-Xmx{self._heap}", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
         return [*pin, "java", *options, "-cp", f"{self._jars}/*", *arguments]
 
     @property
@@ -148,6 +149,8 @@ class ApacheKafka:
             "transaction.state.log.min.isr": 1,
             "group.initial.rebalance.delay.ms": 0,
             "auto.create.topics.enable": "false",
+            "num.network.threads": 1,
+            "num.io.threads": 2,
         }
         lines = [f"{name}={value}" for name, value in properties.items()]
         (self._home / "server.properties").write_text("\n".join(lines) + "\n")
