@@ -290,7 +290,7 @@ def consume_main() -> None:
     poller = select.poll()
     poller.register(sys.stdin.fileno(), select.POLLIN)
     while True:
-        account.take(consumer.consume(20_000, timeout=0.02))
+        account.take(consumer.consume(20_000, timeout=0.01))
         if poller.poll(0):
             order = _hear()
             if order["do"] == "mark":

@@ -313,3 +313,105 @@ def token(
     except (ValueError, TypeError) as error:
         raise ConfigError([f"--private-key {private_key}: not a PEM private key for {algorithm}"]) from error
     return 0
+
+
+def _token_text(token: str | None, token_file: Path | None) -> str:
+    """The token from where it was given. Raises ConfigError; never quotes it."""
+    if token_file is not None:
+        try:
+            return token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"--token-file {token_file}: {getattr(error, 'strerror', None) or 'not text'}"]) from error
+    text = token or os.environ.get("GATEWAY_TOKEN")
+    if not text:
+        raise ConfigError(["a token is needed: --token, --token-file or GATEWAY_TOKEN in the environment"])
+    return text
+
+
+@app.command
+def stream(
+    ticks: Path,
+    /,
+    *,
+    url: str,
+    token: str | None = None,
+    token_file: Path | None = None,
+    ca: Path | None = None,
+    account: str | None = None,
+    rate: Annotated[float | None, Parameter(validator=cyclopts.validators.Number(gte=0))] = None,
+    speed: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = 1.0,
+    batch: Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1, lte=500))] = 100,
+) -> int:
+    """Replay a tick file to a gateway, as an MT5 client would.
+
+    Parameters
+    ----------
+    ticks
+        A CSV file (plain or gzip) with the columns time_msc,symbol,bid,ask,volume.
+    url
+        The gateway, e.g. wss://host:8001/ws/mt5.
+    token
+        The JWT. --token-file and GATEWAY_TOKEN keep it out of the process list.
+    token_file
+        A file that holds the JWT.
+    ca
+        PEM file of a private CA.
+    account
+        The MT5 account.
+    rate
+        Ticks a second, 0 for as fast as possible. Without it the file's own pace.
+    speed
+        How many times the file's own pace.
+    batch
+        Ticks in one message at most.
+    """
+    from gateway.client import tls_context
+    from gateway.stream import Pace, Summary
+    from gateway.stream import stream as replay
+
+    secret = _token_text(token, token_file)
+    pace = Pace(rate=rate, speed=speed, batch=batch)
+
+    async def run() -> int:
+        done: Summary = await replay(
+            ticks,
+            url,
+            secret,
+            pace=pace,
+            account=account,
+            tls=tls_context(url, ca),
+            say=lambda line: print(f"gateway: {line}", file=sys.stderr),
+        )
+        print(
+            f"{done.ticks:,} ticks in {done.messages:,} messages, {done.seconds:.1f} s,"
+            f" {done.rejected:,} rejected, {done.reconnects} reconnects"
+        )
+        return 1 if done.rejected else 0
+
+    return _run(run)
+
+
+@app.command
+def demo(
+    *,
+    ticks: Path | None = None,
+    clients: Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1, lte=1000))] = 100,
+    rate: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = 50.0,
+    seconds: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = 10.0,
+) -> int:
+    """Show the whole system on this machine: an embedded Kafka, the daemon, clients over WSS, a checking consumer.
+
+    Parameters
+    ----------
+    ticks
+        Replay the prices of this CSV file instead of a random walk.
+    clients
+        Connected clients.
+    rate
+        Ticks a second of each client.
+    seconds
+        How long they send.
+    """
+    from gateway.demo import run_demo
+
+    return _run(partial(run_demo, ticks=ticks, clients=clients, rate=rate, seconds=seconds))
