@@ -14,6 +14,7 @@ the socket in any case, cancellation included.
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class ConnectionLimits:
     """Silence, pongs included, after which the connection is closed with 4408."""
     close_timeout_s: float
     """How long the peer may take for its part of the close, and again for its end of file."""
+    max_fragments: int = frames.MAX_FRAGMENTS
 
 
 class Connection:
@@ -100,10 +102,12 @@ class Connection:
         """Why it ended: a close's name, ``peer_closed``, ``peer_lost``, ``stalled_peer`` or ``cancelled``."""
         self.last_heard = now
         self.last_ping = now
-        self.due = now
+        self.due = math.inf  # not looked after before `run` has started it
         self._readiness = readiness
         self._limits = limits
-        self._decoder = Decoder(limits.max_message_bytes, accept_text=accept_text)
+        self._decoder = Decoder(
+            limits.max_message_bytes, max_fragments=limits.max_fragments, accept_text=accept_text
+        )
         self._outbox: bytearray | None = None
         self._unsent_since = 0.0
         self._controls = 0
@@ -298,6 +302,7 @@ class Connection:
     def _start(self, first: bytes) -> None:
         """Enter the epoll; take what came with the handshake, behind the same barrier as every feed."""
         self._readiness.add(self)
+        self.due = trio.current_time()
         if first:
             try:
                 items = self._decoder.receive(first)

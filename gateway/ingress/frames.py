@@ -31,8 +31,8 @@ PING: Final = 0x9
 PONG: Final = 0xA
 
 MAX_FRAGMENTS: Final = 4096
-"""Fragments of one message, empty ones included: 16 bytes each for a 64 KiB message; a flood of empty
-fragments would otherwise cost CPU for ever without ever reaching the size limit."""
+"""Fragments of one message unless said otherwise, empty ones included: 16 bytes each for a 64 KiB message. A
+flood of empty fragments would otherwise cost CPU for ever without ever reaching the size limit."""
 
 _MAX_CONTROL_BYTES: Final = 125  # RFC 6455 5.5
 _LONE_CLOSE_CODES: Final = frozenset({1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014})
@@ -85,14 +85,17 @@ def _protocol_error(detail: str) -> _Violation:
 class Decoder:
     """Cuts one client's byte stream into messages and control events.
 
-    ``max_message_bytes`` bounds a message, whole or joined from fragments. With ``accept_text`` false a
-    text frame fails the connection with 1003 at its first byte's arrival.
+    ``max_message_bytes`` bounds a message, whole or joined from at most ``max_fragments`` fragments. With
+    ``accept_text`` false a text frame fails the connection with 1003 as soon as its head has arrived.
     """
 
-    __slots__ = ("_kind", "_max", "_need", "_parts", "_pending", "_size", "_text", "_utf8", "done")
+    __slots__ = ("_kind", "_max", "_max_fragments", "_need", "_parts", "_pending", "_size", "_text", "_utf8", "done")
 
-    def __init__(self, max_message_bytes: int, *, accept_text: bool = False) -> None:
+    def __init__(
+        self, max_message_bytes: int, *, max_fragments: int = MAX_FRAGMENTS, accept_text: bool = False
+    ) -> None:
         self._max = max_message_bytes
+        self._max_fragments = max_fragments
         self._text = accept_text
         self._pending: bytearray | None = None
         self._need = 0
@@ -199,8 +202,8 @@ class Decoder:
             raise _Violation(refusals.CLOSE_TEXT, "text frame")
         if self._size + length > self._max:
             raise _Violation(refusals.CLOSE_TOO_BIG, f"message over {self._max} bytes")
-        if self._parts is not None and len(self._parts) >= MAX_FRAGMENTS:
-            raise _Violation(refusals.CLOSE_TOO_BIG, f"more than {MAX_FRAGMENTS} fragments")
+        if self._parts is not None and len(self._parts) >= self._max_fragments:
+            raise _Violation(refusals.CLOSE_TOO_BIG, f"more than {self._max_fragments} fragments")
 
     def _frame(self, head: int, payload: bytes, items: list[Item]) -> None:
         """Take one checked frame that is not a whole binary message."""
