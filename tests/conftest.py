@@ -1,0 +1,62 @@
+"""What tests share: a daemon process with an embedded Kafka, and the brokers the broker tests run against."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from bench import kafka as apache
+from bench.daemon import Daemon
+from gateway.egress.embedded import EmbeddedKafka
+
+
+@pytest.fixture(scope="session")
+def daemon() -> Iterator[Daemon]:
+    """One daemon with an embedded Kafka for all tests that need no settings of their own."""
+    with Daemon(settings={"log.level": "debug"}) as running:
+        yield running
+
+
+@pytest.fixture
+def start_daemon() -> Iterator[Callable[..., Daemon]]:
+    """Starts daemons of the test's own; all are gone when the test ends."""
+    with ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(Daemon(*arguments, **options))
+
+
+class Broker:
+    """A Kafka for broker tests; ``process`` is there when a test may stop and kill it."""
+
+    def __init__(self, bootstrap_servers: str, process: apache.ApacheKafka | None = None) -> None:
+        self.bootstrap_servers = bootstrap_servers
+        self.process = process
+
+
+@pytest.fixture(
+    scope="session", params=["embedded", pytest.param("apache", marks=pytest.mark.apache)]
+)
+def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
+    """The same tests against the embedded mock and against Apache Kafka.
+
+    ``KAFKA_BOOTSTRAP`` names an existing cluster instead of starting one.
+    """
+    which: Any = request.param
+    if which == "embedded":
+        with EmbeddedKafka() as embedded:
+            yield Broker(embedded.bootstrap_servers)
+        return
+    existing = os.environ.get("KAFKA_BOOTSTRAP")
+    if existing:
+        apache.create_topics(existing)
+        yield Broker(existing)
+        return
+    missing = apache.why_not()
+    if missing is not None:
+        pytest.skip(f"Apache Kafka cannot be started here: {missing}; set KAFKA_BOOTSTRAP, or see CI, which runs this")
+    with apache.ApacheKafka() as kafka:
+        apache.create_topics(kafka.bootstrap_servers)
+        yield Broker(kafka.bootstrap_servers, kafka)
