@@ -132,6 +132,7 @@ class Readiness:
                 else:
                     await trio.lowlevel.checkpoint()
         finally:
+            self._connections.clear()  # their tasks may end after this one, and call `remove`
             self._epoll.close()
 
     def _turn(self, events: list[tuple[int, int]]) -> None:

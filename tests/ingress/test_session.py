@@ -1,0 +1,255 @@
+"""A session on a real socket pair with a scripted Kafka side: order under a full queue, the barrier, the close."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+from google.protobuf.message import DecodeError
+
+from gateway import refusals
+from gateway.core import control
+from gateway.core.books import Tally
+from gateway.core.ports import QueueFull
+from gateway.core.principal import Principal
+from gateway.ingress.connection import ConnectionLimits
+from gateway.ingress.readiness import Readiness
+from gateway.ingress.session import Session, SessionContext
+from gateway.v1.envelope_pb2 import MessageEnvelope
+from tests.rawclient import frame
+
+LIMITS = ConnectionLimits(
+    max_message_bytes=65_536,
+    max_controls_per_s=20,
+    max_unsent_bytes=65_536,
+    unsent_timeout_s=8.0,
+    ping_interval_s=20.0,
+    idle_timeout_s=40.0,
+    close_timeout_s=0.5,
+)
+
+
+class ScriptedLane:
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
+        self.tally = Tally()
+
+    def on_delivery(self, error: Any, message: Any, /) -> None:
+        """Never called: nothing is really sent."""
+
+
+class ScriptedEgress:
+    """Takes ``room`` messages, then has none; raises ``bug`` when there is one."""
+
+    errors = (DecodeError, BufferError)
+
+    def __init__(self) -> None:
+        self.room = 1_000_000
+        self.bug: Exception | None = None
+        self.sent: list[bytes] = []
+        self.dead: list[tuple[bytes, str]] = []
+        self.took = trio.Event()
+
+    def produce(self, topic: str, value: bytes, key: bytes, partition: int, report: Callable[[Any, Any], None], /) -> None:
+        if self.bug is not None:
+            raise self.bug
+        if not self.room:
+            raise BufferError
+        self.room -= 1
+        self.sent.append(value)
+        self.took.set()
+
+    def lane(self, origin: Any, message_type: str) -> ScriptedLane | None:
+        return ScriptedLane("tick-data") if message_type == "tick_data" else None
+
+    def send(self, lane: Any, origin: Any, raw: bytes, stamp: bytes) -> None:
+        try:
+            self.produce(lane.topic, raw + stamp, b"", -1, lane.on_delivery)
+        except BufferError:
+            raise QueueFull from None
+
+    def dead_letter(self, origin: Any, raw: bytes, reason: str) -> None:
+        if not self.room:
+            raise QueueFull
+        self.room -= 1
+        self.dead.append((raw, reason))
+        self.took.set()
+
+
+class World:
+    """A session, its peer's socket, and what happened."""
+
+    def __init__(self, session: Session, peer: trio.SocketStream, egress: ScriptedEgress, readiness: Readiness) -> None:
+        self.session = session
+        self.peer = peer
+        self.egress = egress
+        self.readiness = readiness
+        self.crashes: list[Exception] = []
+        self.done = trio.Event()
+
+
+@asynccontextmanager
+async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    readiness = Readiness()
+    egress = ScriptedEgress()
+    made: list[World] = []
+    context = SessionContext(
+        readiness=readiness,
+        limits=LIMITS,
+        egress=egress,
+        ack_interval_ms=200,
+        reconnect_window_ms=1000,
+        notify=lambda session: session.send_notices(),
+        on_crash=lambda session, error: made[0].crashes.append(error),
+    )
+    session = Session(
+        ours,
+        context,
+        connection_id="c-1",
+        principal=Principal("alice", "acme", "pro", 4_000_000_000.0),
+        path="/ws/mt5",
+        subprotocol=subprotocol,
+    )
+    made.append(World(session, trio.SocketStream(trio.socket.from_stdlib_socket(theirs)), egress, readiness))
+
+    async def live() -> None:
+        await session.run()
+        made[0].done.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(readiness.run)
+        nursery.start_soon(live)
+        with trio.fail_after(10):
+            yield made[0]
+        nursery.cancel_scope.cancel()
+    await made[0].peer.aclose()
+
+
+def tick(number: int) -> bytes:
+    return MessageEnvelope(
+        message_type="tick_data", user_id="alice", company_id="acme", payload=str(number).encode()
+    ).SerializeToString()
+
+
+async def test_many_messages_of_one_read_keep_their_order() -> None:
+    async with world() as it:
+        await it.peer.send_all(b"".join(frame(0x2, tick(number)) for number in range(100)))
+        while len(it.egress.sent) < 100:
+            await trio.sleep(0)
+        assert it.egress.sent == [tick(number) for number in range(100)]
+        assert it.session.received == 100
+
+
+async def test_full_queue_stops_reading_and_loses_and_reorders_nothing() -> None:
+    async with world() as it:
+        it.egress.room = 10
+        await it.peer.send_all(b"".join(frame(0x2, tick(number)) for number in range(50)))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert it.readiness.paused
+        assert len(it.egress.sent) == 10
+        await it.peer.send_all(frame(0x2, tick(50)))
+        it.egress.room = 15
+        it.readiness.resume()
+        assert it.readiness.paused, "still more than there is room for"
+        assert len(it.egress.sent) == 25
+        it.egress.room = 1000
+        it.readiness.resume()
+        while len(it.egress.sent) < 51:
+            await trio.sleep(0)
+        assert it.egress.sent == [tick(number) for number in range(51)]
+
+
+async def test_dead_letter_without_room_waits_its_turn_too() -> None:
+    async with world() as it:
+        it.egress.room = 1
+        await it.peer.send_all(frame(0x2, tick(0)) + frame(0x2, b"\xff") + frame(0x2, tick(1)))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert (len(it.egress.sent), it.egress.dead) == (1, [])
+        it.egress.room = 10
+        it.readiness.resume()
+        assert it.egress.dead == [(b"\xff", refusals.REASON_NOT_AN_ENVELOPE)]
+        assert it.egress.sent == [tick(0), tick(1)]
+
+
+async def test_connection_that_ends_while_stalled_still_hands_everything_over() -> None:
+    async with world() as it:
+        it.egress.room = 1
+        await it.peer.send_all(frame(0x2, tick(0)) + frame(0x2, tick(1)) + frame(0x8, b"\x03\xe8"))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await it.peer.send_eof()
+        it.egress.room = 10
+        it.readiness.resume()
+        await it.done.wait()
+        assert it.egress.sent == [tick(0), tick(1)]
+        assert it.session.outcome == "peer_closed"
+
+
+async def test_bug_in_handling_a_message_closes_that_connection_with_1011() -> None:
+    async with world() as it:
+        it.egress.bug = ZeroDivisionError("a bug")
+        await it.peer.send_all(frame(0x2, tick(0)))
+        answer = await it.peer.receive_some()
+        assert answer[2:4] == (1011).to_bytes(2, "big")
+        assert it.crashes == [it.egress.bug]
+        await it.peer.send_eof()
+        await it.done.wait()
+        assert it.session.outcome == "internal_error"
+
+
+async def test_drain_still_takes_what_was_sent_before_the_peer_answers() -> None:
+    async with world(control.JSON) as it:
+        welcome = await it.peer.receive_some()
+        assert json.loads(welcome[4:])["type"] == "welcome"
+        it.session.close(refusals.CLOSE_RESTART, take_rest=True)
+        said = await it.peer.receive_some()
+        notice = json.loads(said[2 : 2 + said[1]])
+        assert (notice["type"], notice["code"]) == ("closing", 1012)
+        assert 0 <= notice["reconnect_after_ms"] <= 1000
+        assert said[2 + said[1] + 2 :][:2] == (1012).to_bytes(2, "big")
+        await it.peer.send_all(frame(0x2, tick(7)) + frame(0x8, b"\x03\xf4"))
+        await it.peer.send_eof()
+        await it.done.wait()
+        assert it.egress.sent == [tick(7)]
+        assert it.session.outcome == "restart"
+
+
+async def test_messages_after_other_closes_are_not_taken() -> None:
+    async with world() as it:
+        it.session.close(refusals.CLOSE_TOKEN_EXPIRED)
+        await it.peer.send_all(frame(0x2, tick(7)) + frame(0x8, b"\x03\xe8"))
+        await it.peer.send_eof()
+        await it.done.wait()
+        assert it.egress.sent == []
+
+
+async def test_peer_that_never_answers_a_close_is_given_up_in_time() -> None:
+    async with world() as it:
+        it.session.close(refusals.CLOSE_IDLE)
+        with trio.fail_after(3):
+            await it.done.wait()
+        assert it.session.outcome == "idle"
+
+
+async def test_cancelled_session_closes_its_socket() -> None:
+    async with world() as it:
+        pass
+    assert it.session.sock.fileno() == -1
+    assert it.session.outcome == "cancelled"
+
+
+async def test_new_routes_are_used_for_the_next_message() -> None:
+    async with world() as it:
+        await it.peer.send_all(frame(0x2, tick(0)))
+        await it.egress.took.wait()
+        it.egress.lane = lambda origin, message_type: ScriptedLane("elsewhere")  # type: ignore[method-assign]  # a reload
+        it.session.forget_routes()
+        it.egress.took = trio.Event()
+        await it.peer.send_all(frame(0x2, tick(1)))
+        await it.egress.took.wait()
+        assert it.egress.sent == [tick(0), tick(1)]
