@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
 
@@ -216,7 +216,7 @@ def create_topics(
     partitions: int = PARTITIONS,
     config: dict[str, str] | None = None,
 ) -> None:
-    """Create the gateway's default topics, or ``topics``; those that exist are left as they are."""
+    """Create the gateway's default topics, or ``topics``, and wait for their leaders; existing ones stay as they are."""
     names = topics or sorted({*DEFAULT_ROUTES.values(), DEFAULT_DEAD_LETTER_TOPIC})
     admin = AdminClient({"bootstrap.servers": bootstrap_servers})
     existing = admin.list_topics(timeout=10).topics
@@ -227,6 +227,23 @@ def create_topics(
     ]
     for future in (admin.create_topics(wanted) if wanted else {}).values():
         future.result(timeout=30)
+    deadline = time.monotonic() + 30
+    while not all(_led(admin, name) for name in names):
+        if time.monotonic() > deadline:
+            raise KafkaUnavailable(f"no leaders for {', '.join(names)}")
+        time.sleep(0.05)
+
+
+def _led(admin: AdminClient, topic: str) -> bool:
+    """True when every partition of ``topic`` has a leader that answers for it."""
+    partitions = admin.list_topics(topic, timeout=10).topics[topic].partitions.values()
+    if not partitions or any(partition.leader < 0 for partition in partitions):
+        return False
+    ends = admin.list_offsets({TopicPartition(topic, partition.id): OffsetSpec.latest() for partition in partitions})
+    try:
+        return all(future.result(timeout=10) is not None for future in ends.values())
+    except KafkaException:
+        return False
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import pytest
+from confluent_kafka import Producer
 
 from bench import kafka as apache
 from bench.daemon import Daemon
+from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
 from gateway.egress.embedded import EmbeddedKafka
 
 
@@ -36,19 +37,9 @@ class Broker:
         self.process = process
 
 
-@pytest.fixture(
-    scope="session", params=["embedded", pytest.param("apache", marks=pytest.mark.apache)]
-)
-def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
-    """The same tests against the embedded mock and against Apache Kafka.
-
-    ``KAFKA_BOOTSTRAP`` names an existing cluster instead of starting one.
-    """
-    which: Any = request.param
-    if which == "embedded":
-        with EmbeddedKafka() as embedded:
-            yield Broker(embedded.bootstrap_servers)
-        return
+@pytest.fixture(scope="session")
+def apache_broker() -> Iterator[Broker]:
+    """Apache Kafka with the gateway's topics; ``KAFKA_BOOTSTRAP`` names an existing cluster instead of starting one."""
     existing = os.environ.get("KAFKA_BOOTSTRAP")
     if existing:
         apache.create_topics(existing)
@@ -60,3 +51,20 @@ def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
     with apache.ApacheKafka() as kafka:
         apache.create_topics(kafka.bootstrap_servers)
         yield Broker(kafka.bootstrap_servers, kafka)
+
+
+@pytest.fixture(scope="session")
+def embedded_broker() -> Iterator[Broker]:
+    """A mock cluster in this process."""
+    with EmbeddedKafka() as embedded:
+        producer = Producer({"bootstrap.servers": embedded.bootstrap_servers})
+        for topic in (*DEFAULT_ROUTES.values(), DEFAULT_DEAD_LETTER_TOPIC):
+            producer.list_topics(topic, timeout=10)  # the mock makes a topic when a producer asks for it
+        yield Broker(embedded.bootstrap_servers)
+
+
+@pytest.fixture(scope="session", params=["embedded", pytest.param("apache", marks=pytest.mark.apache)])
+def broker(request: pytest.FixtureRequest) -> Broker:
+    """The same tests against the embedded mock and against Apache Kafka."""
+    found: Broker = request.getfixturevalue(f"{request.param}_broker")
+    return found

@@ -18,7 +18,9 @@ class Records:
         self._topic = topic
 
     def __enter__(self) -> Records:
-        metadata = self._consumer.list_topics(self._topic, timeout=15).topics[self._topic]
+        deadline = time.monotonic() + 15
+        while not (metadata := self._consumer.list_topics(self._topic, timeout=15).topics[self._topic]).partitions:
+            assert time.monotonic() < deadline, f"no topic {self._topic}"
         self._consumer.assign(
             [
                 TopicPartition(

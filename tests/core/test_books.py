@@ -1,0 +1,49 @@
+"""The books: sums, folding, and an equation that can fail."""
+
+from __future__ import annotations
+
+from gateway.core.books import Books, Tally
+
+
+def test_sums_are_over_companies_and_types() -> None:
+    books = Books()
+    books.tally("acme", "tick_data").received = 5
+    books.tally("acme", "tick_data").delivered = 3
+    books.tally("acme", "tick_data").in_flight = 2
+    books.tally("other", "tick_data").received = 1
+    books.tally("other", "tick_data").dropped = 1
+    books.tally("other", "unknown").received = 1
+    books.tally("other", "unknown").dead_lettered = 1
+    assert books.totals().received == 7
+    assert books.totals().imbalance == 0
+    assert books.by_type()["tick_data"].received == 6
+    assert books.company("acme").in_flight == 2
+    assert books.company("nobody") == Tally()
+
+
+def test_a_message_that_is_nowhere_shows() -> None:
+    books = Books()
+    books.tally("acme", "tick_data").received = 1
+    assert books.totals().imbalance == 1
+    assert books.unbalanced_companies() == ["acme"]
+
+
+def test_companies_that_are_gone_are_folded_and_still_counted() -> None:
+    books = Books()
+    books.open("acme")
+    tally = books.tally("acme", "tick_data")
+    tally.received, tally.in_flight = 2, 2
+    books.fold()
+    assert books.companies == 1
+    books.close("acme")
+    books.fold()
+    assert books.companies == 1, "messages are in flight"
+    tally.in_flight, tally.delivered = 0, 2
+    books.fold()
+    assert books.companies == 0
+    assert books.totals().delivered == 2
+    books.open("acme")
+    books.tally("acme", "tick_data").received += 1
+    books.tally("acme", "tick_data").delivered += 1
+    assert books.by_type()["tick_data"].received == 3
+    assert books.totals().imbalance == 0

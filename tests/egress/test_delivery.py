@@ -1,0 +1,204 @@
+"""From the producer's queue to the books, against real brokers: the embedded mock and Apache Kafka."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import trio
+
+from bench.kafka import create_topics
+from gateway import refusals
+from gateway.core.books import Books
+from gateway.core.ports import QueueFull
+from gateway.core.principal import Principal
+from gateway.core.routing import Routes
+from gateway.egress.delivery import Delivery
+from gateway.egress.producer import KafkaProducer
+from gateway.errors import StartupError
+from gateway.telemetry.logging import Log, RateLimited
+from gateway.telemetry.metrics import Counters
+from tests.conftest import Broker
+from tests.records import Records, headers_of
+
+
+class Sender:
+    connection_id = "c-9"
+    principal = Principal("alice", "acme", "pro", 0.0)
+    path = "/ws/mt5"
+
+
+class Side:
+    """The Kafka side on its own."""
+
+    def __init__(self, bootstrap: str, log: Log, counters: Counters, routes: Routes, **properties: Any) -> None:
+        self.counters = counters
+        self.lines: list[tuple[str, dict[str, Any]]] = []
+        self.books = Books()
+        self.producer = KafkaProducer(bootstrap, properties, counters, log)
+        self.delivery = Delivery(
+            self.producer,
+            routes,
+            self.books,
+            counters,
+            gateway="test/0",
+            log_refused=RateLimited(lambda event, **fields: self.lines.append((event, fields)), trio.current_time),
+        )
+        self.producer.after_poll = self.delivery.retry_deferred
+
+    def send(self, raw: bytes, stamp: bytes = b"", message_type: str = "tick_data") -> None:
+        lane = self.delivery.lane(Sender(), message_type)
+        assert lane is not None
+        self.delivery.send(lane, Sender(), raw, stamp)
+
+
+Make = Callable[..., Side]
+
+
+@pytest.fixture
+def make_side() -> Iterator[Make]:
+    counters = Counters()
+    log = Log(counters, level="error")
+    routes = Routes({"tick_data": "tick-data", "user_event": "user-events"}, "failed-messages")
+
+    def make(bootstrap: str, routes: Routes = routes, **properties: Any) -> Side:
+        return Side(bootstrap, log, counters, routes, **properties)
+
+    yield make
+    log.close()
+
+
+async def settle(side: Side) -> None:
+    with trio.fail_after(30):
+        while side.books.totals().in_flight:
+            side.producer.poll()
+            await trio.sleep(0.01)
+
+
+async def test_messages_go_from_in_flight_to_delivered(broker: Broker, make_side: Make) -> None:
+    side = make_side(broker.bootstrap_servers)
+    with trio.fail_after(30):
+        while not await side.producer.check_topics(["tick-data", "failed-messages"]):
+            await trio.sleep(0.1)
+    with Records(broker.bootstrap_servers, "tick-data") as records:
+        for number in range(100):
+            side.send(b"message %d" % number)
+        assert side.books.totals().in_flight == 100
+        await settle(side)
+        totals = side.books.totals()
+        assert (totals.received, totals.delivered, totals.imbalance) == (100, 100, 0)
+        assert totals.received_bytes == totals.delivered_bytes
+        values = [record.value() for record in records.take(100, key="alice")]
+    assert values == [b"message %d" % number for number in range(100)]
+    assert sum(side.counters.delivery_s.counts) == 96, "one in 16, each for 16"
+
+
+async def test_stamped_messages_arrive_with_their_stamp(broker: Broker, make_side: Make) -> None:
+    side = make_side(broker.bootstrap_servers)
+    with Records(broker.bootstrap_servers, "user-events") as records:
+        side.send(b"raw", b"+stamp", "user_event")
+        await settle(side)
+        assert records.take(1, key="alice")[0].value() == b"raw+stamp"
+
+
+async def test_dead_letters_carry_their_reason(broker: Broker, make_side: Make) -> None:
+    side = make_side(broker.bootstrap_servers)
+    with Records(broker.bootstrap_servers, "failed-messages") as records:
+        side.delivery.dead_letter(Sender(), b"broken", refusals.REASON_NOT_AN_ENVELOPE)
+        await settle(side)
+        record = records.take(1, key="alice")[0]
+    assert record.value() == b"broken"
+    assert headers_of(record)["reason"] == refusals.REASON_NOT_AN_ENVELOPE
+    assert side.books.totals().dead_lettered == 1
+    assert side.counters.dead_letters[refusals.REASON_NOT_AN_ENVELOPE] == 1
+
+
+async def test_what_librdkafka_refuses_at_once_becomes_a_dead_letter(broker: Broker, make_side: Make) -> None:
+    """Larger than message.max.bytes as a record, small enough without the stamp."""
+    side = make_side(broker.bootstrap_servers, **{"message.max.bytes": 2000})
+    with Records(broker.bootstrap_servers, "failed-messages") as records:
+        side.send(b"r" * 1500, b"s" * 1000)
+        await settle(side)
+        record = records.take(1, key="alice")[0]
+    assert record.value() == b"r" * 1500, "the original bytes"
+    assert headers_of(record)["reason"] == refusals.REASON_KAFKA_REFUSED
+    assert side.books.totals().dead_lettered == 1
+    assert side.books.totals().imbalance == 0
+
+
+async def test_full_queue_raises_and_room_is_announced(broker: Broker, make_side: Make) -> None:
+    side = make_side(broker.bootstrap_servers, **{"queue.buffering.max.messages": 10, "linger.ms": 50})
+    room: list[bool] = []
+    side.producer.on_room = lambda: room.append(True)
+    taken = 0
+    with pytest.raises(QueueFull):
+        for _ in range(20):
+            side.send(b"x")
+            taken += 1
+    assert taken == 10
+    assert side.producer.full
+    with pytest.raises(QueueFull):
+        side.delivery.dead_letter(Sender(), b"x", refusals.REASON_UNKNOWN_TYPE)
+    assert side.counters.pauses == 1
+    await settle(side)
+    side.producer.poll()
+    assert room == [True]
+    assert not side.producer.full
+    assert side.books.totals().delivered == 10
+    assert side.books.totals().imbalance == 0
+
+
+async def test_unreachable_kafka_is_not_reached_and_a_flush_ends_in_time(make_side: Make) -> None:
+    side = make_side("127.0.0.1:1")
+    assert not await side.producer.check_topics(["tick-data"])
+    assert not side.producer.up
+    side.send(b"never")
+    with trio.fail_after(5):
+        assert await side.producer.flush(0.3) == 1
+    side.producer.purge()
+    totals = side.books.totals()
+    assert (totals.dropped, totals.in_flight, totals.imbalance) == (1, 0, 0)
+    assert side.counters.drops[refusals.DROP_DRAIN_TIMEOUT] == 1
+
+
+async def test_bad_property_is_named(make_side: Make) -> None:
+    with pytest.raises(StartupError, match="no.such.thing"):
+        make_side("127.0.0.1:1", **{"no.such.thing": 1})
+
+
+@pytest.mark.apache
+async def test_record_the_topic_refuses_becomes_a_dead_letter(apache_broker: Broker, make_side: Make) -> None:
+    topic = f"small-{uuid.uuid4().hex[:8]}"
+    create_topics(apache_broker.bootstrap_servers, [topic], partitions=1, config={"max.message.bytes": "500"})
+    # The broker judges a batch whole; alone in its batch the small record passes.
+    side = make_side(
+        apache_broker.bootstrap_servers, Routes({"tick_data": topic}, "failed-messages"), **{"batch.num.messages": 1}
+    )
+    with Records(apache_broker.bootstrap_servers, "failed-messages") as records:
+        side.send(b"fits")
+        original = os.urandom(2000)
+        side.send(original, b"stamp")
+        await settle(side)
+        record = records.take(1, key="alice")[0]
+    assert record.value() == original, "without the stamp"
+    assert headers_of(record)["reason"] == refusals.REASON_KAFKA_REFUSED
+    totals = side.books.totals()
+    assert (totals.delivered, totals.dead_lettered, totals.imbalance) == (1, 1, 0)
+    assert any(event == "record refused" for event, _ in side.lines)
+
+
+@pytest.mark.apache
+async def test_missing_topic_is_named_and_found_when_it_is_created(apache_broker: Broker, make_side: Make) -> None:
+    topic = f"late-{uuid.uuid4().hex[:8]}"
+    side = make_side(apache_broker.bootstrap_servers)
+    assert not await side.producer.check_topics(["tick-data", topic])
+    assert side.producer.missing_topics == (topic,)
+    create_topics(apache_broker.bootstrap_servers, [topic])
+    with trio.fail_after(20):
+        while not await side.producer.check_topics(["tick-data", topic]):
+            await trio.sleep(0.2)
+    assert side.producer.missing_topics == ()
+    assert side.producer.up
