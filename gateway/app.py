@@ -82,7 +82,7 @@ class Gateway:
         self._lifecycle = Lifecycle()
         self._books = Books()
         self._bootstrap_servers = bootstrap_servers or settings.kafka.bootstrap_servers
-        self._listening = False
+        self._routes_changed = trio.Event()
         self.lost = 0
         """Messages given up by the drain; not 0 makes the exit status 1."""
         config.check_descriptors(settings.listen.max_connections)
@@ -174,8 +174,7 @@ class Gateway:
             services.start_soon(self._watchdog)
             async with trio.open_nursery() as connections:
                 services.start_soon(listener.run, connections)
-                self._listening = True
-                services.start_soon(self._await_kafka)
+                services.start_soon(self._watch_topics)
                 task_status.started(self._addresses(listener.port, sidecar_port))
                 await self._lifecycle.wait_drain()
                 await self._close_connections(listener)
@@ -226,16 +225,20 @@ class Gateway:
             kafka=self._bootstrap_servers,
         )
 
-    async def _await_kafka(self) -> None:
-        """Keep asking for the topics until all are there, then let connections in."""
-        topics = self._settings.table.all_topics()
-        while not await self._producer.check_topics(topics):
-            systemd.notify("STATUS=waiting for Kafka")
-            await trio.sleep(TOPIC_CHECK_PAUSE_S)
-        if self._lifecycle.ready():
-            self._admission.closed = None
-            self._log.info("ready", topics=topics)
-            systemd.notify("READY=1", "STATUS=ready")
+    async def _watch_topics(self) -> None:
+        """Keep asking for the topics until all are there, then let connections in; again whenever routes change."""
+        while True:
+            self._routes_changed = trio.Event()
+            topics = self._settings.table.all_topics()
+            while not await self._producer.check_topics(topics):
+                systemd.notify("STATUS=waiting for Kafka")
+                await trio.sleep(TOPIC_CHECK_PAUSE_S)
+                topics = self._settings.table.all_topics()
+            if self._lifecycle.ready():
+                self._admission.closed = None
+                self._log.info("ready", topics=topics)
+                systemd.notify("READY=1", "STATUS=ready")
+            await self._routes_changed.wait()
 
     async def _handle_signals(
         self, services: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -258,7 +261,7 @@ class Gateway:
     async def _flush(self) -> None:
         left = await self._producer.flush(self._settings.drain.flush_timeout_s)
         if left:
-            self._producer.purge()
+            await self._producer.purge()
             self._log.error(
                 "drain ran out of time",
                 given_up=left,
@@ -307,16 +310,17 @@ class Gateway:
     def _apply(self, settings: Settings) -> None:
         old = self._settings
         restart = [name for name in _RESTART_ONLY if getattr(old, name) != getattr(settings, name)]
+        self._settings = old.model_copy(
+            update={"routes": settings.routes, "auth": settings.auth, "tls": settings.tls, "log": settings.log}
+        )
         if settings.routes != old.routes:
             self._delivery.routes = settings.table
             self._sessions.forget_routes()
+            self._routes_changed.set()
             for message_type in settings.routes.topics:
                 self._books.tally("", message_type)
         self._handshake.allow_query_token = settings.auth.allow_query_token
         self._log.set_level(settings.log.level)
-        self._settings = old.model_copy(
-            update={"routes": settings.routes, "auth": settings.auth, "tls": settings.tls, "log": settings.log}
-        )
         self._log.info("reloaded", **({"needs_restart": restart} if restart else {}))
 
     # What it tells

@@ -32,6 +32,7 @@ POLL_QUIET_S: Final = 0.02
 ROOM_AGAIN: Final = 0.75
 """A full queue has room again when it has shrunk to this share: not a pause for every record."""
 METADATA_TIMEOUT_S: Final = 3.0
+PURGE_TIMEOUT_S: Final = 2.0
 STATISTICS_INTERVAL_MS: Final = 1000
 
 PROPERTIES: Final[Mapping[str, str | int | float | bool]] = {
@@ -169,10 +170,13 @@ class KafkaProducer:
                 await trio.sleep(POLL_BUSY_S)
         return len(self._producer)
 
-    def purge(self) -> None:
-        """Give up on everything queued or in flight; each record's report says so before this returns."""
+    async def purge(self) -> None:
+        """Give up on everything queued or in flight; each record's report says so before this returns.
+
+        The reports come from librdkafka's threads: waits for them, `PURGE_TIMEOUT_S` at most.
+        """
         self._producer.purge()
-        self._producer.poll(0)
+        await self.flush(PURGE_TIMEOUT_S)
 
     def _note_unreachable(self, reason: str) -> None:
         if reason != self._last_error:

@@ -111,6 +111,7 @@ class Listener:
 
     def close(self) -> None:
         """Stop accepting: connections that were not accepted yet are reset by the system."""
+        trio.lowlevel.notify_closing(self._sock)  # `run` may be waiting on it
         self._sock.close()
 
     async def run(self, nursery: trio.Nursery) -> None:

@@ -158,7 +158,7 @@ async def test_unreachable_kafka_is_not_reached_and_a_flush_ends_in_time(make_si
     side.send(b"never")
     with trio.fail_after(5):
         assert await side.producer.flush(0.3) == 1
-    side.producer.purge()
+    await side.producer.purge()
     totals = side.books.totals()
     assert (totals.dropped, totals.in_flight, totals.imbalance) == (1, 0, 0)
     assert side.counters.drops[refusals.DROP_DRAIN_TIMEOUT] == 1
