@@ -7,6 +7,7 @@ import ssl
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 import trio
 import trio_websocket
@@ -92,35 +93,80 @@ async def connect(
     """Connect, authenticate and wait for the welcome; leaving closes with 1000 and waits for the answer.
 
     When it leaves without an exception, the gateway has routed everything that was sent. Raises HandshakeRejected,
-    ConnectionLost, OSError.
+    ConnectionLost, OSError, alone or in an exception group.
     """
-    target = url if account is None else f"{url}{'&' if '?' in url else '?'}account={account}"
-    async with trio.open_nursery() as nursery:
-        try:
-            with trio.fail_after(CONNECT_TIMEOUT_S):
-                socket = await trio_websocket.connect_websocket_url(
-                    nursery,
-                    target,
-                    ssl_context=tls,
-                    subprotocols=[JSON],
-                    extra_headers=[(b"Authorization", b"Bearer " + token.encode())],
-                    message_queue_size=16,
-                )
-                welcome = json.loads(await socket.get_message())
-        except trio_websocket.ConnectionRejected as error:
-            raise _rejected(error) from error
-        except trio_websocket.ConnectionClosed as error:
-            raise _lost(error) from error
-        except trio_websocket.HandshakeError as error:
-            raise ConnectionLost(1006, str(error)) from error
-        except trio.TooSlowError as error:
-            raise ConnectionLost(1006, f"no welcome within {CONNECT_TIMEOUT_S:g} s") from error
-        client = GatewayClient(socket, welcome)
-        nursery.start_soon(client.listen)
-        yield client
-        await socket.aclose()
-        if socket.closed is not None and socket.closed.code != 1000:
-            raise ConnectionLost(socket.closed.code, socket.closed.reason or "")
+    parts = urlsplit(url)
+    if parts.hostname is None or parts.scheme not in ("ws", "wss"):
+        raise ConfigError([f"{url}: not a ws:// or wss:// URL"])
+    if parts.scheme == "wss" and tls is None:
+        tls = tls_context(url, None)
+    query = "&".join(filter(None, (parts.query, f"account={quote(account)}" if account else "")))
+    resource = (parts.path or "/") + (f"?{query}" if query else "")
+    with trio.fail_after(CONNECT_TIMEOUT_S):
+        stream = await _open_stream(parts.hostname, parts.port or (443 if tls else 80), tls)
+    try:
+        async with trio.open_nursery() as nursery:
+            client = await _shake_hands(nursery, stream, parts.netloc, resource, token)
+            nursery.start_soon(client.listen)
+            yield client
+            await client.socket.aclose()
+            closed = client.socket.closed
+            if closed is not None and closed.code != 1000:
+                raise ConnectionLost(closed.code, closed.reason or "")
+    except BaseExceptionGroup as group:
+        # trio-websocket's reader task raises a rejection into the nursery
+        rejections = group.subgroup(trio_websocket.ConnectionRejected)
+        if rejections is None:
+            raise
+        error: BaseException = rejections
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        assert isinstance(error, trio_websocket.ConnectionRejected)  # noqa: S101  # from the subgroup
+        raise _rejected(error) from None
+    finally:
+        await trio.aclose_forcefully(stream)
+
+
+async def _open_stream(
+    host: str, port: int, tls: ssl.SSLContext | None
+) -> trio.SocketStream | trio.SSLStream[trio.SocketStream]:
+    if tls is None:
+        return await trio.open_tcp_stream(host, port)
+    stream = await trio.open_ssl_over_tcp_stream(host, port, ssl_context=tls, https_compatible=True)
+    try:
+        await stream.do_handshake()
+    except trio.BrokenResourceError as error:
+        await trio.aclose_forcefully(stream)
+        raise ConnectionLost(1015, str(error.__cause__ or error)) from error
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return stream
+
+
+async def _shake_hands(
+    nursery: trio.Nursery,
+    stream: trio.SocketStream | trio.SSLStream[trio.SocketStream],
+    host: str,
+    resource: str,
+    token: str,
+) -> GatewayClient:
+    try:
+        with trio.fail_after(CONNECT_TIMEOUT_S):
+            socket = await trio_websocket.wrap_client_stream(
+                nursery,
+                stream,
+                host,
+                resource,
+                subprotocols=[JSON],
+                extra_headers=[(b"Authorization", b"Bearer " + token.encode())],
+                message_queue_size=16,
+            )
+            return GatewayClient(socket, json.loads(await socket.get_message()))
+    except trio_websocket.ConnectionClosed as error:
+        raise _lost(error) from error
+    except trio.TooSlowError as error:
+        raise ConnectionLost(1006, f"no welcome within {CONNECT_TIMEOUT_S:g} s") from error
 
 
 def _rejected(error: trio_websocket.ConnectionRejected) -> HandshakeRejected:

@@ -293,7 +293,7 @@ async def _one_client(
                 await connection.send(message)
                 progress.sent += 1
         progress.connected -= 1
-    except* (ClientError, OSError) as group:
+    except* (ClientError, OSError, trio.TooSlowError) as group:
         progress.failures += 1
         progress.first_failure = progress.first_failure or repr(group.exceptions[0])
         if not started:

@@ -125,7 +125,7 @@ async def stream(
                     summary.ticks += len(batch.ticks)
                     pending = next(waiting, None)
             summary.rejected += connection.rejected
-        except* (ClientError, OSError) as group:
+        except* (ClientError, OSError, trio.TooSlowError) as group:
             delay_s = _delay_or_raise(_leaf(group), backoff)
             summary.reconnects += 1
             say(f"{_leaf(group)}; again in {delay_s:.1f} s")

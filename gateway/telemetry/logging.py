@@ -51,7 +51,7 @@ class LineWriter:
     def close(self, timeout_s: float = 1.0) -> None:
         """Write what is queued, for at most ``timeout_s`` seconds."""
         with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(None)
+            self._lines.put(None, timeout=timeout_s)
             self._thread.join(timeout_s)
 
     def _write(self) -> None:
@@ -92,10 +92,12 @@ class Log:
             if self._style == "json"
             else structlog.dev.ConsoleRenderer(colors=False, pad_event_to=24, sort_keys=False)
         )
-        traceback = structlog.processors.ExceptionRenderer(
-            structlog.tracebacks.ExceptionDictTransformer(show_locals=False, max_frames=20)
+        traceback = (
+            structlog.processors.ExceptionRenderer(
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False, max_frames=20)
+            )
             if self._style == "json"
-            else structlog.tracebacks.ExceptionDictTransformer(show_locals=False, max_frames=5)
+            else structlog.processors.format_exc_info
         )
         self.logger = structlog.wrap_logger(
             self._writer,

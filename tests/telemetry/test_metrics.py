@@ -1,0 +1,47 @@
+"""The exposition: histograms add up, labels are fixed, the page is cached."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway import refusals
+from gateway.core.books import Books
+from gateway.telemetry.metrics import CLOSE_OUTCOMES, HANDSHAKE_OUTCOMES, Counters, Exposition, Gauges, Histogram
+
+
+def exposition(counters: Counters, books: Books) -> Exposition:
+    gauges = Gauges(lambda: 3, lambda: 0, lambda: False, lambda: True, lambda: True)
+    return Exposition(counters, books, gauges, "1.2.3")
+
+
+def test_histogram_buckets_are_cumulative() -> None:
+    histogram = Histogram((0.1, 1.0))
+    for value in (0.05, 0.1, 0.5, 5.0):
+        histogram.observe(value)
+    histogram.observe(0.5, 4)
+    assert histogram.buckets() == [("0.1", 2.0), ("1.0", 7.0), ("+Inf", 8.0)]
+    assert histogram.total == 0.05 + 0.1 + 0.5 + 5.0 + 2.0
+
+
+def test_page_holds_the_books_by_outcome_and_type_and_is_cached() -> None:
+    books = Books()
+    tally = books.tally("acme", "tick_data")
+    tally.received, tally.delivered, tally.received_bytes = 5, 5, 500
+    page = exposition(Counters(), books)
+    families = {family.name: family for family in text_string_to_metric_families(page.page(0.0).decode())}
+    found = {(s.labels["outcome"], s.labels["message_type"]): s.value for s in families["gateway_messages"].samples}
+    assert found["delivered", "tick_data"] == 5
+    first = page.page(0.0)
+    tally.received = 6
+    assert page.page(0.9) is first
+    assert page.page(1.0) is not first
+    assert b"gateway_books_imbalance 1.0" in page.page(1.0)
+
+
+def test_every_refusal_and_close_has_its_series_from_the_start() -> None:
+    counters = Counters()
+    assert set(counters.handshakes) == set(HANDSHAKE_OUTCOMES)
+    assert {refusal.code for refusal in refusals.REFUSALS} <= set(counters.handshakes)
+    closes = {value.name for value in vars(refusals).values() if isinstance(value, refusals.Close)}
+    assert closes - {"normal"} <= set(CLOSE_OUTCOMES)
+    assert len({refusal.code for refusal in refusals.REFUSALS}) == len(refusals.REFUSALS)
