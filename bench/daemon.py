@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import SecretStr
+
 from bench.kafka import cpu_seconds
 from gateway.config import AuthSettings
 from gateway.devkeys import mint_with_secret
@@ -164,7 +166,7 @@ class Daemon:
     def token(self, user: str = "alice", company: str = "acme", tier: str = "pro", ttl_s: int = 3600) -> str:
         """A token this daemon accepts."""
         return mint_with_secret(
-            AuthSettings(secret=self.secret.decode()),  # type: ignore[arg-type]  # pydantic makes it a SecretStr
+            AuthSettings(secret=SecretStr(self.secret.decode())),
             self.secret,
             user_id=user,
             company_id=company,

@@ -1,8 +1,8 @@
 """Throughput and latency from WebSocket to Kafka consumer: clients x rate against a real daemon.
 
-The gateway with its Kafka threads is pinned to one core, load, consumer and Kafka to another, where the machine has two.
-Every message is consumed and accounted for. Latency runs from the moment a client makes a message to the moment the
-consumer has it, waiting in either included.
+The gateway with its Kafka threads is pinned to one core, load, consumer and Kafka to another, where the machine has
+two. Every message is consumed and accounted for. Latency runs from the moment a client makes a message to the moment
+the consumer has it, waiting in either included.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class Helper:
     def __init__(self, role: str, task: dict[str, Any], cpus: str | None) -> None:
         pin = ["taskset", "-c", cpus] if cpus else []
         self._process = subprocess.Popen(
-            [*pin, sys.executable, "-m", "bench.load", role], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*pin, sys.executable, "-m", "bench.load", role],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.order(task)
 
@@ -106,9 +109,7 @@ def run_once(kafka: str, cores: Cores, options: argparse.Namespace) -> dict[str,
         consumer = Helper("consume", {"kafka": bootstrap, "topic": TOPIC, "size": options.size}, cores.rest)
         stack.callback(consumer.close)
         consumer.answer()
-        clients = [
-            (user_of(index, options.users or options.clients), "") for index in range(options.clients)
-        ]
+        clients = [(user_of(index, options.users or options.clients), "") for index in range(options.clients)]
         tokens = {user: daemon.token(user, COMPANY) for user, _ in clients}
         rss_before = daemon.rss_bytes()
         cpu_before = daemon.cpu_s()
@@ -218,7 +219,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="measured time of a run (20)")
     parser.add_argument("--warmup", type=float, default=5.0, help="seconds before it (5)")
     parser.add_argument("--repeat", type=int, default=1, help="runs, each with a fresh daemon (1)")
-    parser.add_argument("--kafka", default="apache", help="apache (started from its jars), embedded, or HOST:PORT (apache)")
+    parser.add_argument(
+        "--kafka", default="apache", help="apache (started from its jars), embedded, or HOST:PORT (apache)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     cores = Cores.of_machine()
@@ -234,7 +237,10 @@ def main() -> None:
         print(json.dumps({"options": vars(options), "cores": [cores.gateway, cores.rest], "runs": runs}, indent=2))
     else:
         how = "saturated" if options.saturated else f"x {options.rate:g}/s"
-        show(runs, f"{options.clients:,} clients {how}, {options.size} bytes, {options.batch} a write, Kafka: {options.kafka}")
+        show(
+            runs,
+            f"{options.clients:,} clients {how}, {options.size} bytes, {options.batch} a write, Kafka: {options.kafka}",
+        )
     if any(run["lost"] or run["duplicated"] or run["out_of_order"] or run["imbalance"] for run in runs):
         sys.exit(1)
 

@@ -22,7 +22,9 @@ from pathlib import Path
 from types import TracebackType
 
 from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._listoffsets import OffsetSpec
+from confluent_kafka.cimpl import NewTopic
 
 from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
 
@@ -72,7 +74,11 @@ def ensure_jars() -> Path:
                 (Path(directory) / "pom.xml").write_text(_POM)
                 command = ["mvn", "-q", "-B", "dependency:copy-dependencies", "-DincludeScope=runtime"]
                 done = subprocess.run(
-                    [*command, "-DoutputDirectory=libs"], cwd=directory, capture_output=True, text=True, check=False
+                    [*command, "-DoutputDirectory=libs"],
+                    cwd=directory,
+                    capture_output=True,
+                    text=True,
+                    check=False,
                 )
                 if done.returncode:
                     raise KafkaUnavailable(f"mvn could not fetch Kafka: {done.stdout[-800:]}")
@@ -123,7 +129,12 @@ class ApacheKafka:
     def _java(self, *arguments: str) -> list[str]:
         pin = ["taskset", "-c", self._cpus] if self._cpus else []
         # One core is all the broker gets in a bench: a collector without threads of its own, few request threads.
-        options = [f"-Xms{self._heap}", f"-Xmx{self._heap}", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
+        options = [
+            f"-Xms{self._heap}",
+            f"-Xmx{self._heap}",
+            "-XX:+UseSerialGC",
+            "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+        ]
         return [*pin, "java", *options, "-cp", f"{self._jars}/*", *arguments]
 
     @property
@@ -216,7 +227,7 @@ def create_topics(
     partitions: int = PARTITIONS,
     config: dict[str, str] | None = None,
 ) -> None:
-    """Create the gateway's default topics, or ``topics``, and wait for their leaders; existing ones stay as they are."""
+    """Create the gateway's default topics, or ``topics``, and wait for leaders; existing ones stay as they are."""
     names = topics or sorted({*DEFAULT_ROUTES.values(), DEFAULT_DEAD_LETTER_TOPIC})
     admin = AdminClient({"bootstrap.servers": bootstrap_servers})
     existing = admin.list_topics(timeout=10).topics
@@ -239,7 +250,12 @@ def _led(admin: AdminClient, topic: str) -> bool:
     partitions = admin.list_topics(topic, timeout=10).topics[topic].partitions.values()
     if not partitions or any(partition.leader < 0 for partition in partitions):
         return False
-    ends = admin.list_offsets({TopicPartition(topic, partition.id): OffsetSpec.latest() for partition in partitions})
+    ends = admin.list_offsets(
+        {
+            TopicPartition(topic, partition.id): OffsetSpec.latest()  # type: ignore[no-untyped-call]  # no annotations in confluent-kafka
+            for partition in partitions
+        }
+    )
     try:
         return all(future.result(timeout=10) is not None for future in ends.values())
     except KafkaException:
@@ -256,7 +272,10 @@ def main() -> None:
     try:
         with ApacheKafka(port=arguments.port, cpus=arguments.cpus) as kafka:
             create_topics(kafka.bootstrap_servers, partitions=arguments.partitions)
-            print(f"Apache Kafka {KAFKA_VERSION} on {kafka.bootstrap_servers}, topics created; Ctrl-C ends it", flush=True)
+            print(
+                f"Apache Kafka {KAFKA_VERSION} on {kafka.bootstrap_servers}, topics created; Ctrl-C ends it",
+                flush=True,
+            )
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             signal.pause()
     except KafkaUnavailable as error:

@@ -279,7 +279,9 @@ def consume_main() -> None:
         }
     )
     topic = task["topic"]
-    partitions = [TopicPartition(topic, number) for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions]
+    partitions = [
+        TopicPartition(topic, number) for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions
+    ]
     for partition in partitions:
         partition.offset = consumer.get_watermark_offsets(partition, timeout=10)[1]
     consumer.assign(partitions)

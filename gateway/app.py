@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 import socket
-import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from gateway import config, keys, refusals, systemd
-from gateway.core.admission import Admission, AddressRate
+from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
 from gateway.egress.delivery import Delivery
 from gateway.egress.producer import KafkaProducer
@@ -37,8 +36,7 @@ from gateway.telemetry.logging import RateLimited
 from gateway.telemetry.metrics import Counters, Exposition, Gauges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable
 
     from gateway.config import Settings
     from gateway.ingress.session import Session
@@ -202,7 +200,7 @@ class Gateway:
             listening.close()
             raise
 
-    def _listener(self, sock: socket.socket) -> Listener:
+    def _listener(self, sock: socket.socket) -> Listener[Session]:
         listen = self._settings.listen
         return Listener(
             sock,
@@ -250,7 +248,7 @@ class Gateway:
 
         await handle_signals(self._lifecycle, reload=self.reload, stop_now=stop_now, task_status=task_status)
 
-    async def _close_connections(self, listener: Listener) -> None:
+    async def _close_connections(self, listener: Listener[Session]) -> None:
         self._admission.closed = refusals.DRAINING
         systemd.notify("STOPPING=1", "STATUS=draining")
         self._log.info("draining", connections=len(self._sessions), in_flight=self._books.totals().in_flight)
@@ -311,7 +309,12 @@ class Gateway:
         old = self._settings
         restart = [name for name in _RESTART_ONLY if getattr(old, name) != getattr(settings, name)]
         self._settings = old.model_copy(
-            update={"routes": settings.routes, "auth": settings.auth, "tls": settings.tls, "log": settings.log}
+            update={
+                "routes": settings.routes,
+                "auth": settings.auth,
+                "tls": settings.tls,
+                "log": settings.log,
+            }
         )
         if settings.routes != old.routes:
             self._delivery.routes = settings.table

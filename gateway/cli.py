@@ -103,9 +103,7 @@ def serve(
     sets
         Any other setting, as SECTION.KEY=VALUE; may be repeated.
     """
-    flags = _flags(
-        listen__host=host, listen__port=port, sidecar__port=sidecar_port, log__level=log_level, sets=sets
-    )
+    flags = _flags(listen__host=host, listen__port=port, sidecar__port=sidecar_port, log__level=log_level, sets=sets)
     load = partial(_load, config_file, flags, development=embedded_kafka)
     return _run(partial(_serve, load(), load, embedded_kafka))
 
@@ -133,9 +131,7 @@ async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_ka
         bootstrap_servers = None
         if embedded_kafka:
             bootstrap_servers = stack.enter_context(EmbeddedKafka()).bootstrap_servers
-        gateway = Gateway(
-            settings, counters, log, bootstrap_servers=bootstrap_servers, reload_settings=reload
-        )
+        gateway = Gateway(settings, counters, log, bootstrap_servers=bootstrap_servers, reload_settings=reload)
 
         async def announce(addresses: Addresses) -> None:
             kafka = f"{addresses.kafka}{' (embedded)' if embedded_kafka else ''}"
@@ -321,7 +317,9 @@ def _token_text(token: str | None, token_file: Path | None) -> str:
         try:
             return token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError([f"--token-file {token_file}: {getattr(error, 'strerror', None) or 'not text'}"]) from error
+            raise ConfigError(
+                [f"--token-file {token_file}: {getattr(error, 'strerror', None) or 'not text'}"]
+            ) from error
     text = token or os.environ.get("GATEWAY_TOKEN")
     if not text:
         raise ConfigError(["a token is needed: --token, --token-file or GATEWAY_TOKEN in the environment"])

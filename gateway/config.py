@@ -1,10 +1,10 @@
 """Settings: one TOML file, then the environment over it, then flags over both.
 
-Each stage has its own frozen class. `load` reports every fault at once, each with its path, and refuses keys it does not
-know, in the file and in the environment. Environment names are ``GATEWAY_<SECTION>__<KEY>``
-(``GATEWAY_LISTEN__PORT=8001``); a table is given as JSON. Where a setting names a file, ``credential:NAME`` means the systemd
-credential of that name (``$CREDENTIALS_DIRECTORY/NAME``, systemd.exec(5)), and a relative path is relative to the
-TOML file.
+Each stage has its own frozen class. `load` reports every fault at once, each with its path, and refuses keys it does
+not know, in the file and in the environment. Environment names are ``GATEWAY_<SECTION>__<KEY>``
+(``GATEWAY_LISTEN__PORT=8001``); a table is given as JSON. Where a setting names a file, ``credential:NAME`` means the
+systemd credential of that name (``$CREDENTIALS_DIRECTORY/NAME``, systemd.exec(5)), and a relative path is relative to
+the TOML file.
 """
 
 from __future__ import annotations
@@ -204,11 +204,10 @@ class Settings(BaseSettings):
         # Room for the key, the stamp and a dead letter's headers.
         if self.listen.max_message_bytes + 4096 > int(limit):
             raise ValueError(
-                f"listen.max_message_bytes {self.listen.max_message_bytes} does not fit into Kafka's message.max.bytes {limit}"
+                f"listen.max_message_bytes {self.listen.max_message_bytes}"
+                f" does not fit into Kafka's message.max.bytes {limit}"
             )
-        queue_kbytes = self.kafka.properties.get(
-            "queue.buffering.max.kbytes", PROPERTIES["queue.buffering.max.kbytes"]
-        )
+        queue_kbytes = self.kafka.properties.get("queue.buffering.max.kbytes", PROPERTIES["queue.buffering.max.kbytes"])
         if int(queue_kbytes) * 1024 < 4 * self.listen.max_message_bytes:
             raise ValueError("kafka.properties: queue.buffering.max.kbytes holds fewer than four messages")
         return self
@@ -295,15 +294,13 @@ def _fault(location: tuple[int | str, ...], message: str, kind: str) -> str:
 
 def _unknown_environment() -> list[str]:
     """pydantic-settings ignores names it does not know; a typing error must not go unnoticed."""
-    known = {
-        f"{ENV_PREFIX}{section}".upper(): field.annotation for section, field in Settings.model_fields.items()
-    }
+    known = {f"{ENV_PREFIX}{section}".upper(): field.annotation for section, field in Settings.model_fields.items()}
     faults = []
     for name in os.environ:
         if name.startswith(ENV_PREFIX):
             section, _, key = name.partition("__")
             model = known.get(section.upper())
-            if model is None or (key and key.partition("__")[0].lower() not in model.model_fields):  # type: ignore[attr-defined]  # a section's class
+            if model is None or (key and key.partition("__")[0].lower() not in model.model_fields):
                 faults.append(f"{name}: is not a setting (environment)")
     return faults
 
@@ -345,8 +342,7 @@ def _with_paths(settings: Settings, directory: Path) -> Settings:
             "kafka": kafka.model_copy(
                 update={
                     "property_files": {
-                        name: whole(f"kafka.property_files.{name}", file)
-                        for name, file in kafka.property_files.items()
+                        name: whole(f"kafka.property_files.{name}", file) for name, file in kafka.property_files.items()
                     }
                 }
             ),

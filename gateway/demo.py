@@ -1,7 +1,7 @@
 """``gateway demo``: the whole system on one machine, watched live, every message accounted for.
 
-A daemon process with an embedded Kafka and a throw-away certificate; clients on trio-websocket over WSS in this process; a
-Kafka consumer in a thread that checks what arrives. Each message carries its client, number and time in its
+A daemon process with an embedded Kafka and a throw-away certificate; clients on trio-websocket over WSS in this
+process; a Kafka consumer in a thread that checks what arrives. Each message carries its client, number and time in its
 correlation_id, so that what was lost, doubled or late is known message by message.
 """
 
@@ -112,7 +112,12 @@ def consume(bootstrap_servers: str, arrivals: Arrivals, ready: threading.Event) 
     """The consumer thread: read the topic from its beginning until told to stop."""
     try:
         consumer = Consumer(
-            {"bootstrap.servers": bootstrap_servers, "group.id": "demo", "enable.auto.commit": False, "fetch.wait.max.ms": 10}
+            {
+                "bootstrap.servers": bootstrap_servers,
+                "group.id": "demo",
+                "enable.auto.commit": False,
+                "fetch.wait.max.ms": 10,
+            }
         )
         topic = consumer.list_topics(TOPIC, timeout=10).topics[TOPIC]
         consumer.assign([TopicPartition(TOPIC, number, 0) for number in topic.partitions])
@@ -122,7 +127,7 @@ def consume(bootstrap_servers: str, arrivals: Arrivals, ready: threading.Event) 
             now_ns = time.monotonic_ns()
             for message in messages:
                 if message.error() is None:
-                    arrivals.take(MessageEnvelope.FromString(message.value()).correlation_id, now_ns)
+                    arrivals.take(MessageEnvelope.FromString(message.value() or b"").correlation_id, now_ns)
         consumer.close()
     except (KafkaException, ValueError) as error:
         arrivals.error = str(error)
@@ -151,7 +156,15 @@ async def run_demo(*, ticks: Path | None, clients: int, rate: float, seconds: fl
                         progress,
                         sidecar,
                         partial(
-                            _run_clients, progress, url, home, secret, recorded, clients=clients, rate=rate, seconds=seconds
+                            _run_clients,
+                            progress,
+                            url,
+                            home,
+                            secret,
+                            recorded,
+                            clients=clients,
+                            rate=rate,
+                            seconds=seconds,
                         ),
                     )
                 finally:
@@ -197,13 +210,19 @@ def _write_config(home: Path, clients: int) -> bytes:
 
 
 async def _daemon(home: Path, task_status: trio.TaskStatus[trio.Process]) -> None:
-    command = [sys.executable, "-m", "gateway", "serve", "--config", str(home / "gateway.toml"), "--embedded-kafka"]
+    command = [
+        sys.executable,
+        "-m",
+        "gateway",
+        "serve",
+        "--config",
+        str(home / "gateway.toml"),
+        "--embedded-kafka",
+    ]
     # The operator's settings for a real daemon must not change the demo's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
     with (home / "log").open("wb") as log:
-        await trio.run_process(
-            command, stdout=PIPE, stderr=log, env=environment, check=False, task_status=task_status
-        )
+        await trio.run_process(command, stdout=PIPE, stderr=log, env=environment, check=False, task_status=task_status)
 
 
 async def _addresses(process: trio.Process, home: Path) -> tuple[str, str, str]:
@@ -246,15 +265,29 @@ async def _run_clients(
             token = devkeys.mint_with_secret(
                 auth, secret, user_id=f"trader-{number:04d}", company_id=COMPANY, tier="pro", ttl_s=3600
             )
-            source = walk(number) if recorded is None else cycle(recorded[number % len(recorded) :] + recorded[: number % len(recorded)])
+            source = (
+                walk(number)
+                if recorded is None
+                else cycle(recorded[number % len(recorded) :] + recorded[: number % len(recorded)])
+            )
             await nursery.start(
                 partial(
-                    _one_client, progress, number, url, token, tls, source, all_connected, rate=rate, seconds=seconds, clients=clients
+                    _one_client,
+                    progress,
+                    number,
+                    url,
+                    token,
+                    tls,
+                    source,
+                    all_connected,
+                    rate=rate,
+                    seconds=seconds,
+                    clients=clients,
                 )
             )
         all_connected.set()
     with trio.move_on_after(ARRIVAL_TIMEOUT_S):
-        while progress.arrivals.distinct < progress.sent and not progress.arrivals.error:
+        while progress.arrivals.distinct < progress.sent and not progress.arrivals.error:  # noqa: ASYNC110  # a thread's
             await trio.sleep(0.02)
 
 

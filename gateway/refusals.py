@@ -46,9 +46,7 @@ BAD_ACCOUNT: Final = Refusal(
     "bad_account", 400, "account must be 1 to 64 of letters, digits, dot, underscore and hyphen, given once."
 )
 BODY_NOT_ALLOWED: Final = Refusal("body_not_allowed", 400, "A WebSocket handshake carries no body.")
-INVALID_TOKEN: Final = Refusal(
-    "invalid_token", 401, "A valid bearer token is required.", headers=_INVALID_TOKEN
-)
+INVALID_TOKEN: Final = Refusal("invalid_token", 401, "A valid bearer token is required.", headers=_INVALID_TOKEN)
 ORIGIN_NOT_ALLOWED: Final = Refusal("origin_not_allowed", 403, "This Origin is not allowed.")
 NOT_FOUND: Final = Refusal("not_found", 404, "There is nothing at this path.")
 METHOD_NOT_ALLOWED: Final = Refusal(
@@ -65,9 +63,7 @@ TOO_MANY_ATTEMPTS: Final = Refusal(
     "too_many_attempts", 429, "Too many handshakes from this address.", retryable=True, retry_after_s=1
 )
 HEAD_TOO_LARGE: Final = Refusal("head_too_large", 431, "The request head is too large.")
-STARTING: Final = Refusal(
-    "starting", 503, "The gateway has not reached Kafka yet.", retryable=True, retry_after_s=2
-)
+STARTING: Final = Refusal("starting", 503, "The gateway has not reached Kafka yet.", retryable=True, retry_after_s=2)
 DRAINING: Final = Refusal("draining", 503, "The gateway is shutting down.", retryable=True, retry_after_s=5)
 AT_CAPACITY: Final = Refusal("at_capacity", 503, "The connection cap is reached.", retryable=True, retry_after_s=5)
 VERSION_NOT_SUPPORTED: Final = Refusal("http_version_not_supported", 505, "Only HTTP/1.1 is served here.")

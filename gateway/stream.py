@@ -76,7 +76,7 @@ class Pace:
 
 
 class Backoff:
-    """Delays between attempts: doubling from `FIRST_DELAY_S` to `MAX_DELAY_S`, each drawn from half of it to all of it."""
+    """Delays between attempts, doubling from `FIRST_DELAY_S` to `MAX_DELAY_S`, each between half of it and all."""
 
     def __init__(self) -> None:
         self._delay_s = FIRST_DELAY_S

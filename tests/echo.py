@@ -1,4 +1,4 @@
-"""An echo server on the gateway's own ingress code, for conformance suites: ``python -m tests.echo PORT`` (0 for a free one).
+"""An echo server on the gateway's ingress code for conformance suites: ``python -m tests.echo PORT``, 0 for a free one.
 
 Everything but the meaning of messages is the daemon's: listener, handshake parser, readiness, connection, frames.
 """
@@ -10,6 +10,8 @@ import sys
 
 import trio
 
+from gateway.core.admission import AddressRate, Admission
+from gateway.core.principal import Principal, TokenRules
 from gateway.ingress import frames
 from gateway.ingress.connection import Connection, ConnectionLimits
 from gateway.ingress.frames import Item
@@ -17,8 +19,6 @@ from gateway.ingress.handshake import Admitted, Handshake, _check_upgrade, accep
 from gateway.ingress.listener import Listener, open_listening_socket
 from gateway.ingress.readiness import Readiness
 from gateway.ingress.request import Request
-from gateway.core.admission import Admission, AddressRate
-from gateway.core.principal import Principal, TokenRules
 from gateway.telemetry.logging import RateLimited
 from gateway.telemetry.metrics import Counters
 
@@ -57,7 +57,13 @@ class Anybody(Handshake):
 
     def decide(self, request: Request, address: str) -> Admitted:
         """Accept every upgrade."""
-        return Admitted(Principal("echo", "", "free", 0.0), "echo", request.path, None, accept_key(_check_upgrade(request)))
+        return Admitted(
+            Principal("echo", "", "free", 0.0),
+            "echo",
+            request.path,
+            None,
+            accept_key(_check_upgrade(request)),
+        )
 
 
 class Echoes:

@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 import struct
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,7 +29,9 @@ class RawClient:
         assert parts.port is not None
         self.host, self.port, self.path = parts.hostname, parts.port, parts.path
         bind = (source, 0) if source else None
-        self.sock: socket.socket = socket.create_connection((self.host, self.port), timeout=TIMEOUT_S, source_address=bind)
+        self.sock: socket.socket = socket.create_connection(
+            (self.host, self.port), timeout=TIMEOUT_S, source_address=bind
+        )
         if tls is not None:
             self.sock = tls.wrap_socket(self.sock, server_hostname=self.host)
         self.buffer = b""
@@ -67,10 +70,8 @@ class RawClient:
 
     def raw_request(self, data: bytes) -> Response:
         """Send these bytes; read an answer."""
-        try:
+        with suppress(ConnectionError):  # an early refusal: the answer may already be here
             self.sock.sendall(data)
-        except ConnectionError:
-            pass  # an early refusal: the answer may already be here
         return self.read_response()
 
     def read_response(self) -> Response:

@@ -13,7 +13,12 @@ class Records:
 
     def __init__(self, bootstrap_servers: str, topic: str) -> None:
         self._consumer = Consumer(
-            {"bootstrap.servers": bootstrap_servers, "group.id": "tests", "enable.auto.commit": False, "fetch.wait.max.ms": 10}
+            {
+                "bootstrap.servers": bootstrap_servers,
+                "group.id": "tests",
+                "enable.auto.commit": False,
+                "fetch.wait.max.ms": 10,
+            }
         )
         self._topic = topic
 
@@ -24,7 +29,9 @@ class Records:
         self._consumer.assign(
             [
                 TopicPartition(
-                    self._topic, number, self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), timeout=15)[1]
+                    self._topic,
+                    number,
+                    self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), timeout=15)[1],
                 )
                 for number in metadata.partitions
             ]
@@ -60,4 +67,4 @@ class Records:
 def headers_of(message: Message) -> dict[str, str]:
     """A record's headers as text."""
     headers = message.headers() or []
-    return {name: value.decode() for name, value in headers if isinstance(value, bytes)}
+    return {str(name): value.decode() for name, value in dict(headers).items() if isinstance(value, bytes)}

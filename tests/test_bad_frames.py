@@ -85,8 +85,9 @@ def test_ping_after_our_close_is_ignored(daemon: Daemon) -> None:
         assert client.buffer == b""
 
 
-@pytest.mark.parametrize(("sent", "code"), [(frame(CLOSE), 1005), (close_frame(1000), 1000), (close_frame(3333, b"bye"), 3333)])
-def test_close_is_answered_with_its_code(daemon: Daemon, sent: bytes, code: int) -> None:
+@pytest.mark.parametrize("code", [1005, 1000, 3333])
+def test_close_is_answered_with_its_code(daemon: Daemon, code: int) -> None:
+    sent = frame(CLOSE) if code == 1005 else close_frame(code, b"bye")
     with RawClient(daemon.url) as client:
         client.upgrade(daemon.token())
         client.sock.sendall(sent)
@@ -105,7 +106,12 @@ def test_mt5_lengths_and_close_without_a_code_are_served(daemon: Daemon) -> None
         assert client.read_close()[0] == 1005
         values = [record.value() for record in records.take(4, key="quirky")]
     stamp = len(values[0] or b"") - len(envelope)
-    assert [(value or b"")[: len(value or b"") - stamp] for value in values] == [envelope, envelope, large, large]
+    assert [(value or b"")[: len(value or b"") - stamp] for value in values] == [
+        envelope,
+        envelope,
+        large,
+        large,
+    ]
 
 
 def test_reset_in_mid_message_produces_nothing(daemon: Daemon) -> None:
@@ -150,7 +156,7 @@ def test_pongs_that_nobody_reads_end_the_connection(start_daemon: Callable[..., 
         client.upgrade(daemon.token())
         began = time.monotonic()
         flood = frame(PING, b"x" * 125) * 20
-        with pytest.raises(OSError):  # noqa: PT012  # whichever send meets the end
+        with pytest.raises(OSError):  # whichever send meets the end
             while time.monotonic() - began < 15:
                 client.sock.sendall(flood)
                 time.sleep(0.001)
@@ -169,7 +175,9 @@ def test_expired_token_closes_with_4401(start_daemon: Callable[..., Daemon]) -> 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_fragments_with_control_frames_between_are_joined(daemon: Daemon, size: int) -> None:
-    message = MessageEnvelope(message_type="tick_data", user_id="joiner", company_id="acme", payload=b"z" * 40).SerializeToString()
+    message = MessageEnvelope(
+        message_type="tick_data", user_id="joiner", company_id="acme", payload=b"z" * 40
+    ).SerializeToString()
     parts = [message[start : start + size] for start in range(0, len(message), size)]
     sent = b""
     for index, part in enumerate(parts):

@@ -38,16 +38,32 @@ CASES: dict[str, tuple[bytes, int, str]] = {
     "no upgrade": (head(*without("Upgrade")), 426, "upgrade_required"),
     "other upgrade": (head(*without("Upgrade"), "Upgrade: h2c"), 426, "upgrade_required"),
     "no connection": (head(*without("Connection")), 426, "upgrade_required"),
-    "version 8": (head(*without("Sec-WebSocket-Version"), "Sec-WebSocket-Version: 8"), 426, "upgrade_required"),
+    "version 8": (
+        head(*without("Sec-WebSocket-Version"), "Sec-WebSocket-Version: 8"),
+        426,
+        "upgrade_required",
+    ),
     "no version header": (head(*without("Sec-WebSocket-Version")), 426, "upgrade_required"),
     "no key": (head(*without("Sec-WebSocket-Key")), 400, "bad_websocket_key"),
-    "short key": (head(*without("Sec-WebSocket-Key"), "Sec-WebSocket-Key: c2hvcnQ="), 400, "bad_websocket_key"),
-    "key is no base64": (head(*without("Sec-WebSocket-Key"), "Sec-WebSocket-Key: " + "!" * 24), 400, "bad_websocket_key"),
+    "short key": (
+        head(*without("Sec-WebSocket-Key"), "Sec-WebSocket-Key: c2hvcnQ="),
+        400,
+        "bad_websocket_key",
+    ),
+    "key is no base64": (
+        head(*without("Sec-WebSocket-Key"), "Sec-WebSocket-Key: " + "!" * 24),
+        400,
+        "bad_websocket_key",
+    ),
     "two keys": (head(*GOOD, KEY), 400, "bad_websocket_key"),
     "no host": (head(*without("Host")), 400, "bad_host"),
     "two hosts": (head(*GOOD, "Host: b"), 400, "bad_host"),
     "bad punycode host": (head(*without("Host"), "Host: xn--\x7f.example"), 400, "bad_request"),
-    "xn-- that decodes to nothing": (head(*without("Host"), "Host: xn--99999999999.example"), 400, "bad_host"),
+    "xn-- that decodes to nothing": (
+        head(*without("Host"), "Host: xn--99999999999.example"),
+        400,
+        "bad_host",
+    ),
     "host with a space": (head(*without("Host"), "Host: a b"), 400, "bad_host"),
     "host port": (head(*without("Host"), "Host: a:99999"), 400, "bad_host"),
     "header line over 8 KiB": (head(*GOOD, "X: " + "a" * 8200), 431, "head_too_large"),
@@ -60,7 +76,11 @@ CASES: dict[str, tuple[bytes, int, str]] = {
     "non-ASCII connection": (head(*GOOD, "Connection: \xff"), 400, "bad_request"),
     "non-ASCII host": (head(*without("Host"), "Host: \xe9.example"), 400, "bad_request"),
     "non-ASCII extensions": (head(*GOOD, "Sec-WebSocket-Extensions: \xff\xfe"), 400, "bad_request"),
-    "bare LF": (b"\n".join([b"GET /ws/mt5 HTTP/1.1", *(line.encode() for line in GOOD), b"", b""]), 400, "bad_request"),
+    "bare LF": (
+        b"\n".join([b"GET /ws/mt5 HTTP/1.1", *(line.encode() for line in GOOD), b"", b""]),
+        400,
+        "bad_request",
+    ),
     "one bare LF": (head(*GOOD).replace(b"\r\nUpgrade", b"\nUpgrade"), 400, "bad_request"),
     "bare CR": (head(*GOOD, "X: a\rb"), 400, "bad_request"),
     "obs-fold": (head(*GOOD, "X: a", " b"), 400, "bad_request"),
@@ -81,7 +101,11 @@ CASES: dict[str, tuple[bytes, int, str]] = {
     "two accounts": (head(*GOOD, first="GET /ws/mt5?account=a&account=b HTTP/1.1"), 400, "bad_account"),
     "query of another encoding": (head(*GOOD, first="GET /ws/mt5?account=%ff HTTP/1.1"), 400, "bad_request"),
     "no token": (head(*GOOD), 401, "invalid_token"),
-    "TLS on the plain port": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400, "bad_request"),
+    "TLS on the plain port": (
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
+        400,
+        "bad_request",
+    ),
 }
 
 
@@ -191,7 +215,10 @@ MT5_ODDITIES: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
     "bare origin": ("/ws/mt5", [("Host", "gw.example"), ("Origin", "gw.example")]),
     "account": ("/ws/mt5?account=5012345", []),
     "several upgrade tokens": ("/ws/mt5", [("Connection", "keep-alive, Upgrade"), ("Upgrade", "WebSocket")]),
-    "compression offered": ("/ws/mt5", [("Sec-WebSocket-Extensions", "permessage-deflate; client_max_window_bits")]),
+    "compression offered": (
+        "/ws/mt5",
+        [("Sec-WebSocket-Extensions", "permessage-deflate; client_max_window_bits")],
+    ),
 }
 
 
@@ -227,7 +254,9 @@ def test_frames_behind_the_request_are_not_lost(daemon: Daemon) -> None:
         assert client.read_frame() == (0xA, b"early")
 
 
-def test_readiness_and_handshakes_say_starting_while_kafka_is_not_reached(start_daemon: Callable[..., Daemon]) -> None:
+def test_readiness_and_handshakes_say_starting_while_kafka_is_not_reached(
+    start_daemon: Callable[..., Daemon],
+) -> None:
     daemon = start_daemon("127.0.0.1:1", wait_ready=False)
     status, body = daemon.get("/health/ready")
     assert status == 503
@@ -245,5 +274,3 @@ def test_closed_port_is_not_mistaken_for_a_refusal(daemon: Daemon) -> None:
     with RawClient(daemon.url) as client, pytest.raises(Closed):
         client.sock.shutdown(socket.SHUT_WR)
         client.read_response()
-
-

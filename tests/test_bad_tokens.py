@@ -39,12 +39,18 @@ CASES: dict[str, Make] = {
     "four parts": lambda secret: sign(secret, claims()) + ".x",
     "no signature": lambda secret: sign(secret, claims()).rpartition(".")[0] + ".",
     "changed payload": lambda secret: ".".join(
-        [(parts := sign(secret, claims()).split("."))[0], b64(json.dumps(claims(sub="bob")).encode()), parts[2]]
+        [
+            (parts := sign(secret, claims()).split("."))[0],
+            b64(json.dumps(claims(sub="bob")).encode()),
+            parts[2],
+        ]
     ),
     "other secret": lambda _: sign(b"x" * 48, claims()),
     "alg none": header(alg="none"),
     "alg None": header(alg="None"),
-    "alg none, no signature": lambda _: f"{b64(json.dumps({'alg': 'none'}).encode())}.{b64(json.dumps(claims()).encode())}.",
+    "alg none, no signature": lambda _: (
+        f"{b64(json.dumps({'alg': 'none'}).encode())}.{b64(json.dumps(claims()).encode())}."
+    ),
     "alg HS512": header(alg="HS512"),
     "alg RS256": header(alg="RS256"),
     "alg list": header(alg=["HS256"]),
@@ -130,7 +136,9 @@ GOOD: dict[str, Make] = {
     "float times": payload(exp=NOW + 600.5),
     "no iat": payload(iat=None),
     "aud that nobody asked for": payload(aud="elsewhere"),
-    "header that points elsewhere": header(jku="https://evil.example/jwks", x5u="https://evil.example/c", jwk={"kty": "oct"}),
+    "header that points elsewhere": header(
+        jku="https://evil.example/jwks", x5u="https://evil.example/c", jwk={"kty": "oct"}
+    ),
     "unicode user": payload(sub="ålice", data=data_claim("ålice")),
 }
 
@@ -192,9 +200,7 @@ KEYS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("algorithm", KEYS)
-def test_asymmetric_keys_from_pem_and_jwks(
-    start_daemon: Callable[..., Daemon], tmp_path: Path, algorithm: str
-) -> None:
+def test_asymmetric_keys_from_pem_and_jwks(start_daemon: Callable[..., Daemon], tmp_path: Path, algorithm: str) -> None:
     by_pem, by_jwks = KEYS[algorithm](), KEYS[algorithm]()
     pem = by_pem.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (tmp_path / "key.pem").write_bytes(pem)
@@ -226,9 +232,7 @@ def test_private_key_signs_with_the_token_command(tmp_path: Path, start_daemon: 
     import sys
 
     key = ed25519.Ed25519PrivateKey.generate()
-    (tmp_path / "private.pem").write_bytes(
-        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    )
+    (tmp_path / "private.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (tmp_path / "public.pem").write_bytes(
         key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     )

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from gateway import devkeys
-from tests.test_journey import COLUMNS, ROWS
+from gateway.ticks import COLUMNS
+from tests.test_journey import ROWS
 
 
 def gateway(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -43,7 +44,9 @@ def check_fault(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def test_check_config_shows_the_settings_without_secrets(toml: Path) -> None:
-    toml.write_text(toml.read_text() + '[kafka]\nproperties = { "sasl.username" = "u", "sasl.password" = "hush-hush" }\n')
+    toml.write_text(
+        toml.read_text() + '[kafka]\nproperties = { "sasl.username" = "u", "sasl.password" = "hush-hush" }\n'
+    )
     done = gateway("check-config", str(toml))
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"{toml}: ok\n")
@@ -86,9 +89,16 @@ def test_bad_files_are_named_with_their_setting(toml: Path, tmp_path: Path, comm
 def test_port_in_use_is_one_line(toml: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        check_fault(gateway("serve", "--config", str(toml), "--port", port), f"127.0.0.1:{port}", "Address already in use")
         check_fault(
-            gateway("serve", "--config", str(toml), "--sidecar-port", port), "sidecar", port, "Address already in use"
+            gateway("serve", "--config", str(toml), "--port", port),
+            f"127.0.0.1:{port}",
+            "Address already in use",
+        )
+        check_fault(
+            gateway("serve", "--config", str(toml), "--sidecar-port", port),
+            "sidecar",
+            port,
+            "Address already in use",
         )
     check_fault(gateway("serve", "--config", str(toml), "--host", "no.such.host.invalid"), "no.such.host.invalid")
 
@@ -117,7 +127,8 @@ def test_token_of_the_development_secret_is_stable_and_private(tmp_path: Path) -
     assert before not in first.stdout + first.stderr
     check_fault(gateway("token", "--user", "a", "--algorithm", "RS256", environment=state), "belong together")
     check_fault(
-        gateway("token", "--user", "a", "--algorithm", "RS256", "--private-key", "/no/key", environment=state), "/no/key"
+        gateway("token", "--user", "a", "--algorithm", "RS256", "--private-key", "/no/key", environment=state),
+        "/no/key",
     )
 
 
@@ -144,7 +155,8 @@ def test_stream_needs_a_token_and_a_readable_ca(tmp_path: Path) -> None:
     path.write_text("\n".join([",".join(COLUMNS), *ROWS]))
     check_fault(gateway("stream", str(path), "--url", "ws://127.0.0.1:1/"), "a token is needed")
     check_fault(
-        gateway("stream", str(path), "--url", "wss://127.0.0.1:1/", "--token", "t", "--ca", "/no/ca"), "--ca /no/ca"
+        gateway("stream", str(path), "--url", "wss://127.0.0.1:1/", "--token", "t", "--ca", "/no/ca"),
+        "--ca /no/ca",
     )
 
 

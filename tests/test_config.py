@@ -88,9 +88,7 @@ def test_no_fault_quotes_a_secret(toml: Path) -> None:
 def test_relative_files_are_beside_the_settings_and_credentials_where_systemd_puts_them(
     toml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    toml.write_text(
-        '[auth]\nsecret_file = "credential:jwt"\n[tls]\ncert_file = "c.pem"\nkey_file = "/etc/k.pem"\n'
-    )
+    toml.write_text('[auth]\nsecret_file = "credential:jwt"\n[tls]\ncert_file = "c.pem"\nkey_file = "/etc/k.pem"\n')
     assert "CREDENTIALS_DIRECTORY is not set" in faults_of(toml)[0]
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/gateway")
     settings = config.load(toml)

@@ -84,7 +84,10 @@ def with_aiohttp(daemon: Daemon, user: str, ca: Path) -> None:
 
 def with_websocket_client(daemon: Daemon, user: str, ca: Path) -> None:
     connection = websocket.create_connection(
-        daemon.url, sslopt={"ca_certs": str(ca)}, header=[f"Authorization: Bearer {daemon.token(user)}"], timeout=10
+        daemon.url,
+        sslopt={"ca_certs": str(ca)},
+        header=[f"Authorization: Bearer {daemon.token(user)}"],
+        timeout=10,
     )
     for number in range(COUNT):
         connection.send_binary(message(user, number))

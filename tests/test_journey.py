@@ -6,11 +6,11 @@ import json
 import signal
 import ssl
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import trio
 
 from bench.daemon import Daemon
 from gateway import client, devkeys
@@ -43,9 +43,7 @@ def tick_file(tmp_path: Path) -> Path:
 
 def ticks_in(values: list[bytes]) -> list[Tick]:
     return [
-        tick
-        for value in values
-        for tick in BatchTickData.FromString(MessageEnvelope.FromString(value).payload).ticks
+        tick for value in values for tick in BatchTickData.FromString(MessageEnvelope.FromString(value).payload).ticks
     ]
 
 
@@ -103,7 +101,7 @@ async def test_wrong_certificate_is_refused_by_the_client(start_daemon: Callable
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
     old.set_ciphers("DEFAULT:@SECLEVEL=0")
-    with pytest.warns(DeprecationWarning):
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         old.maximum_version = ssl.TLSVersion.TLSv1_1
         old.minimum_version = ssl.TLSVersion.TLSv1_1
     with pytest.raises(ssl.SSLError):
@@ -120,7 +118,11 @@ async def test_wrong_certificate_is_refused_by_the_client(start_daemon: Callable
 def test_tls_client_that_never_speaks_is_closed(start_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     _, certificate, key = devkeys.write_certificate(tmp_path, "localhost")
     daemon = start_daemon(
-        settings={"tls.cert_file": str(certificate), "tls.key_file": str(key), "listen.handshake_timeout_s": 1}
+        settings={
+            "tls.cert_file": str(certificate),
+            "tls.key_file": str(key),
+            "listen.handshake_timeout_s": 1,
+        }
     )
     with RawClient(daemon.url) as silent, RawClient(daemon.url) as plain:
         plain.sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -199,7 +201,9 @@ def test_what_kafka_did_not_confirm_by_the_end_of_a_drain_is_counted_and_said(
     assert '"imbalance": 0' in daemon.log()
 
 
-def test_sighup_takes_new_routes_keys_certificate_and_level(start_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+def test_sighup_takes_new_routes_keys_certificate_and_level(
+    start_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
     ca, certificate, key = devkeys.write_certificate(tmp_path, "localhost", "127.0.0.1")
     daemon = start_daemon(settings={"tls.cert_file": str(certificate), "tls.key_file": str(key)})
     old_tls = ssl.create_default_context(cafile=ca)

@@ -23,14 +23,23 @@ TICKS = [Tick(symbol="A", time_msc=1000 + offset) for offset in (0, 0, 5, 5, 5, 
 
 def test_own_pace_groups_the_ticks_of_a_millisecond() -> None:
     schedule = list(Pace(batch=2).schedule(iter(TICKS), "acc"))
-    assert [(due, len(batch.ticks)) for due, batch in schedule] == [(0.0, 2), (0.005, 2), (0.005, 1), (1.0, 1)]
+    assert [(due, len(batch.ticks)) for due, batch in schedule] == [
+        (0.0, 2),
+        (0.005, 2),
+        (0.005, 1),
+        (1.0, 1),
+    ]
     assert [due for due, _ in Pace(speed=10).schedule(iter(TICKS), "")] == [0.0, 0.0005, 0.1]
     assert schedule[0][1].account == "acc"
 
 
 @pytest.mark.parametrize(
     ("rate", "sizes", "dues"),
-    [(0.0, [4, 2], [0.0, 0.0]), (10.0, [1] * 6, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]), (300.0, [3, 3], [0.0, 0.01])],
+    [
+        (0.0, [4, 2], [0.0, 0.0]),
+        (10.0, [1] * 6, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+        (300.0, [3, 3], [0.0, 0.01]),
+    ],
 )
 def test_rates(rate: float, sizes: list[int], dues: list[float]) -> None:
     schedule = list(Pace(rate=rate, batch=4).schedule(iter(TICKS), ""))
@@ -96,5 +105,7 @@ async def test_stream_reconnects_to_a_restarted_gateway(start_daemon: Callable[.
         late = records.take(results[0].messages - len(early), key="traveller")
     assert results[0].reconnects >= 1
     values = [record.value() or b"" for record in (*early, *late)]
-    arrived = [tick for value in values for tick in BatchTickData.FromString(MessageEnvelope.FromString(value).payload).ticks]
+    arrived = [
+        tick for value in values for tick in BatchTickData.FromString(MessageEnvelope.FromString(value).payload).ticks
+    ]
     assert arrived == list(read(path))

@@ -8,11 +8,31 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "gateway"
-IMPURE = {"trio", "time", "logging", "socket", "os", "select", "ssl", "threading", "structlog", "random", "confluent_kafka", "datetime"}
+IMPURE = {
+    "trio",
+    "time",
+    "logging",
+    "socket",
+    "os",
+    "select",
+    "ssl",
+    "threading",
+    "structlog",
+    "random",
+    "confluent_kafka",
+    "datetime",
+}
 FORBIDDEN = {
     "ingress": ("gateway.egress", "gateway.sidecar", "gateway.app", "confluent_kafka"),
     "egress": ("gateway.ingress", "gateway.sidecar", "gateway.app"),
-    "core": ("gateway.ingress", "gateway.egress", "gateway.sidecar", "gateway.telemetry", "gateway.app", "gateway.config"),
+    "core": (
+        "gateway.ingress",
+        "gateway.egress",
+        "gateway.sidecar",
+        "gateway.telemetry",
+        "gateway.app",
+        "gateway.config",
+    ),
     "sidecar": ("gateway.ingress", "gateway.egress", "gateway.core", "gateway.app"),
     "telemetry": ("gateway.ingress", "gateway.egress", "gateway.sidecar", "gateway.app"),
 }
@@ -33,12 +53,7 @@ def imports(path: Path) -> set[str]:
 def test_folder_imports_only_in_its_direction(folder: str) -> None:
     modules = sorted((PACKAGE / folder).glob("*.py"))
     assert modules
-    found = {
-        f"{path.name}: {name}"
-        for path in modules
-        for name in imports(path)
-        if name.startswith(FORBIDDEN[folder])
-    }
+    found = {f"{path.name}: {name}" for path in modules for name in imports(path) if name.startswith(FORBIDDEN[folder])}
     assert not found
 
 

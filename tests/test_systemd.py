@@ -49,9 +49,7 @@ def test_not_ready_while_kafka_is_not_reached(
     manager: socket.socket, tmp_path: Path, start_daemon: Callable[..., Daemon]
 ) -> None:
     with manager:
-        daemon = start_daemon(
-            "127.0.0.1:1", environment={"NOTIFY_SOCKET": str(tmp_path / "notify")}, wait_ready=False
-        )
+        daemon = start_daemon("127.0.0.1:1", environment={"NOTIFY_SOCKET": str(tmp_path / "notify")}, wait_ready=False)
         heard = hear(manager, "STATUS=waiting for Kafka")
         assert not any(message.startswith("READY") for message in heard)
         assert daemon.stop() == 0

@@ -30,9 +30,7 @@ def claims(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in {**good, **changes}.items() if value is not None}
 
 
-def sign(
-    secret: bytes, payload: dict[str, Any] | bytes, header: dict[str, Any] | bytes | None = None
-) -> str:
+def sign(secret: bytes, payload: dict[str, Any] | bytes, header: dict[str, Any] | bytes | None = None) -> str:
     """An HS256-signed token over any header and payload, raw bytes included."""
     if header is None:
         header = {"alg": "HS256", "typ": "JWT"}

@@ -38,9 +38,7 @@ class Tally:
     @property
     def imbalance(self) -> int:
         """Messages that the equation cannot place; 0 unless there is a bug."""
-        return self.received - (
-            self.delivered + self.dead_lettered + self.dropped + self.spooled + self.in_flight
-        )
+        return self.received - (self.delivered + self.dead_lettered + self.dropped + self.spooled + self.in_flight)
 
     def add(self, other: Tally) -> None:
         """Add every count of ``other`` to this one."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gateway.core.principal import Principal
 
 
-class QueueFull(Exception):  # noqa: N818  # a condition the caller waits out, not an error
+class QueueFull(Exception):  # a condition the caller waits out, not an error
     """The producer's queue has no room; the message was not taken and must be offered again."""
 
 
@@ -45,8 +45,9 @@ class Lane(Protocol):
 class Egress(Protocol):
     """The Kafka side as a session sees it. Everything here is synchronous and runs on the Trio thread."""
 
-    errors: tuple[type[Exception], ...]
-    """What parsing an envelope or `produce` may raise for a message that was not taken."""
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What parsing an envelope or `produce` may raise for a message that was not taken."""
 
     @property
     def produce(self) -> Callable[[str, bytes, bytes, int, Callable[[Any, Any], None]], None]:

@@ -117,7 +117,7 @@ class TokenRules:
                 return jwt.decode(token, key.key, algorithms=[algorithm], options=_SIGNATURE_ONLY)  # type: ignore[arg-type]  # PyJWT's TypedDict
             except jwt.InvalidSignatureError:
                 continue
-            except Exception:  # noqa: BLE001  # PyJWT lets UnicodeEncodeError, RecursionError and others through
+            except Exception:  # PyJWT lets UnicodeEncodeError, RecursionError and others through
                 raise InvalidToken("malformed") from None
         raise InvalidToken("bad_signature")
 

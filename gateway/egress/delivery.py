@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SAMPLE_MASK: Final = 15
 """One delivery in 16 of a tally goes into the latency histogram: observing costs as much as the rest of a report."""
 
-_PURGED: Final = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)  # noqa: SLF001  # their public spelling
+_PURGED: Final = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)  # their public spelling
 
 
 class Lane:
@@ -74,7 +74,7 @@ class Lane:
 class Delivery:
     """Queues records and counts their fate; the one place that changes outcomes in the books."""
 
-    errors = (DecodeError, BufferError, KafkaException)
+    errors: tuple[type[Exception], ...] = (DecodeError, BufferError, KafkaException)
 
     def __init__(
         self,
@@ -139,9 +139,7 @@ class Delivery:
         self._log_refused("record refused", topic=message.topic(), error=error.str(), path=origin.path)
         received_at = time.time() - (message.latency() or 0.0)
         self._or_later(
-            partial(
-                self._queue_dead_letter, origin, tally, original, refusals.REASON_KAFKA_REFUSED, received_at
-            )
+            partial(self._queue_dead_letter, origin, tally, original, refusals.REASON_KAFKA_REFUSED, received_at)
         )
 
     def retry_deferred(self) -> None:
@@ -155,9 +153,7 @@ class Delivery:
         except QueueFull:  # bounded by what was in flight: each failed record made room for its dead letter
             self._deferred.append(queue)
 
-    def _queue_dead_letter(
-        self, origin: Origin, tally: Tally, raw: bytes, reason: str, received_at: float
-    ) -> None:
+    def _queue_dead_letter(self, origin: Origin, tally: Tally, raw: bytes, reason: str, received_at: float) -> None:
         try:
             self._producer.produce_with_headers(
                 self.routes.dead_letter,

@@ -54,7 +54,14 @@ PROPERTIES: Final[Mapping[str, str | int | float | bool]] = {
 """librdkafka settings unless the operator says otherwise in ``[kafka.properties]``."""
 
 OWN_PROPERTIES: Final = frozenset(
-    {"bootstrap.servers", "enable.idempotence", "acks", "partitioner", "statistics.interval.ms", "delivery.report.only.error"}
+    {
+        "bootstrap.servers",
+        "enable.idempotence",
+        "acks",
+        "partitioner",
+        "statistics.interval.ms",
+        "delivery.report.only.error",
+    }
 )
 """What the gateway's promises rest on and ``[kafka.properties]`` may not change."""
 
@@ -107,7 +114,7 @@ class KafkaProducer:
         value: bytes,
         key: bytes,
         on_delivery: Callable[[Any, Any], None],
-        headers: list[tuple[str, bytes]],
+        headers: list[tuple[str, str | bytes | None]],
     ) -> None:
         """Queue one record with headers. Raises BufferError when there is no room."""
         self._producer.produce(topic, value, key, on_delivery=on_delivery, headers=headers)
@@ -185,7 +192,7 @@ class KafkaProducer:
 
     def _on_error(self, error: KafkaError) -> None:
         self._counters.kafka_errors += 1
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001  # its public spelling
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # its public spelling
             self.up = False
         if error.str() != self._last_error:
             self._last_error = error.str()

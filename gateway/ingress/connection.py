@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import socket
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -74,8 +75,8 @@ class Connection:
         "_limits",
         "_outbox",
         "_readiness",
-        "_task",
         "_takes_while_closing",
+        "_task",
         "_unsent_since",
         "due",
         "fd",
@@ -105,9 +106,7 @@ class Connection:
         self.due = math.inf  # not looked after before `run` has started it
         self._readiness = readiness
         self._limits = limits
-        self._decoder = Decoder(
-            limits.max_message_bytes, max_fragments=limits.max_fragments, accept_text=accept_text
-        )
+        self._decoder = Decoder(limits.max_message_bytes, max_fragments=limits.max_fragments, accept_text=accept_text)
         self._outbox: bytearray | None = None
         self._unsent_since = 0.0
         self._controls = 0
@@ -308,7 +307,7 @@ class Connection:
                 items = self._decoder.receive(first)
                 if items:
                     self._take(items)
-            except Exception as error:  # noqa: BLE001  # the barrier around each connection
+            except Exception as error:  # the barrier around each connection
                 self.crash(error)
 
     async def _await_peer_close(self) -> None:
@@ -355,10 +354,8 @@ class Connection:
 async def half_close_and_drain(sock: socket.socket) -> None:
     """Send FIN, then read and discard until the peer's; bounded only by the caller's deadline. Raises OSError."""
     if isinstance(sock, ssl.SSLSocket):
-        try:
+        with suppress(OSError, ValueError):
             sock.unwrap()  # sends close_notify, then reports that the peer's is not here yet
-        except (OSError, ValueError):
-            pass
     # socket.socket's own methods, under TLS too: what still comes is discarded, not decrypted
     socket.socket.shutdown(sock, socket.SHUT_WR)
     while True:

@@ -73,7 +73,7 @@ Item = bytes | str | Ping | Pong | PeerClose | Failure
 """What `Decoder.receive` yields: bytes for a binary message, str for a text message, or an event."""
 
 
-class _Violation(Exception):  # noqa: N818  # control flow inside this module, never seen outside
+class _Violation(Exception):  # control flow inside this module, never seen outside
     def __init__(self, close: Close, detail: str) -> None:
         self.failure = Failure(close, detail)
 
@@ -89,7 +89,18 @@ class Decoder:
     ``accept_text`` false a text frame fails the connection with 1003 as soon as its head has arrived.
     """
 
-    __slots__ = ("_kind", "_max", "_max_fragments", "_need", "_parts", "_pending", "_size", "_text", "_utf8", "done")
+    __slots__ = (
+        "_kind",
+        "_max",
+        "_max_fragments",
+        "_need",
+        "_parts",
+        "_pending",
+        "_size",
+        "_text",
+        "_utf8",
+        "done",
+    )
 
     def __init__(
         self, max_message_bytes: int, *, max_fragments: int = MAX_FRAGMENTS, accept_text: bool = False

@@ -53,7 +53,7 @@ _PHRASES: Final = {
 }
 
 
-class Disconnected(Exception):  # noqa: N818  # an ordinary end, not an error
+class Disconnected(Exception):  # an ordinary end, not an error
     """The peer went away before its request was whole."""
 
 

@@ -23,9 +23,7 @@ due takes about a millisecond."""
 class Heartbeat:
     """The shared task of all sessions (`run`). ``notices_s`` is how long a notice may wait."""
 
-    def __init__(
-        self, sessions: Iterable[Session], *, notices_s: float, after_sweep: Callable[[], None]
-    ) -> None:
+    def __init__(self, sessions: Iterable[Session], *, notices_s: float, after_sweep: Callable[[], None]) -> None:
         self._sessions = sessions
         self._notices_s = notices_s
         self._after_sweep = after_sweep
@@ -54,6 +52,6 @@ class Heartbeat:
             if session.due <= now:
                 try:
                     session.tick(now)
-                except Exception as error:  # noqa: BLE001  # the barrier around each connection
+                except Exception as error:  # the barrier around each connection
                     session.crash(error)
         self._after_sweep()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 import trio
 
 from gateway import refusals
 from gateway.errors import Refused, StartupError
-from gateway.ingress.connection import BLOCKED, half_close_and_drain
+from gateway.ingress.connection import BLOCKED, Connection, half_close_and_drain
 from gateway.ingress.handshake import (
     Disconnected,
     acceptance,
@@ -24,7 +24,6 @@ from gateway.ingress.handshake import (
 )
 
 if TYPE_CHECKING:
-    from gateway.ingress.connection import Connection
     from gateway.ingress.handshake import Admitted, Handshake
     from gateway.telemetry.logging import RateLimited
     from gateway.telemetry.metrics import Counters
@@ -41,13 +40,16 @@ REFUSAL_LINGER_S: Final = 1.0
 _EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-class Entry(Protocol):
+C = TypeVar("C", bound=Connection)
+
+
+class Entry(Protocol[C]):
     """Who makes the connection of an accepted handshake, and takes note of its end."""
 
-    def enter(self, sock: socket.socket, admitted: Admitted, /) -> Connection:
+    def enter(self, sock: socket.socket, admitted: Admitted, /) -> C:
         """Make the connection; may raise Refused."""
 
-    def leave(self, connection: Connection, /) -> None:
+    def leave(self, connection: C, /) -> None:
         """The connection that `enter` made has ended."""
 
 
@@ -76,7 +78,7 @@ def open_listening_socket(host: str, port: int, *, backlog: int, reuse_port: boo
     return sock
 
 
-class Listener:
+class Listener(Generic[C]):
     """The accept loop of one listening socket (`run`) and the life of each connection."""
 
     def __init__(
@@ -84,7 +86,7 @@ class Listener:
         sock: socket.socket,
         *,
         handshake: Handshake,
-        entry: Entry,
+        entry: Entry[C],
         tls: ssl.SSLContext | None,
         handshake_timeout_s: float,
         max_connections: int,
@@ -166,7 +168,7 @@ class Listener:
             finally:
                 self._open -= 1
                 sock.close()
-        except Exception as error:  # noqa: BLE001  # the barrier around each connection
+        except Exception as error:  # the barrier around each connection
             self._counters.handshakes["error"] += 1
             self._log_crash("connection failed", address=address, exc_info=error)
 
@@ -174,12 +176,12 @@ class Listener:
     def _wrap(sock: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
         return tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
-    async def _enter(self, sock: socket.socket, address: str) -> tuple[Connection, bytes] | None:
+    async def _enter(self, sock: socket.socket, address: str) -> tuple[C, bytes] | None:
         """Do the handshake under its one deadline; None when the connection is over."""
         counters = self._counters
         buffer = bytearray()
         secured = not isinstance(sock, ssl.SSLSocket)
-        connection: Connection | None = None
+        connection: C | None = None
         refused: Refused | None = None
         try:
             with trio.move_on_after(self._timeout_s) as deadline:
@@ -215,7 +217,11 @@ class Listener:
         refusal = refused.refusal
         self._counters.handshakes[refusal.code] += 1
         self._log_refused(
-            "handshake refused", address=address, status=refusal.status, code=refusal.code, detail=refused.detail
+            "handshake refused",
+            address=address,
+            status=refusal.status,
+            code=refusal.code,
+            detail=refused.detail,
         )
         with trio.move_on_after(REFUSAL_LINGER_S):
             try:

@@ -108,7 +108,7 @@ class Readiness:
                 continue
             try:
                 connection.resume()
-            except Exception as error:  # noqa: BLE001  # the barrier around each connection
+            except Exception as error:  # the barrier around each connection
                 connection.crash(error)
         if self._resumed is None:
             self.resumed_at = trio.current_time()
@@ -148,7 +148,7 @@ class Readiness:
                     connection.flush()
                 if event & ~select.EPOLLOUT:
                     connection.feed()
-            except Exception as error:  # noqa: BLE001  # the barrier around each connection
+            except Exception as error:  # the barrier around each connection
                 connection.crash(error)
             if self._resumed is not None:
                 return  # paused: level-triggered, so the rest is reported again

@@ -111,7 +111,7 @@ class Session(Connection):
             if not takes:
                 continue
             try:
-                envelope = MessageEnvelope.FromString(item)  # type: ignore[arg-type]  # bytes, by its class
+                envelope = MessageEnvelope.FromString(item)
                 lane = lanes.get(envelope.message_type)
                 if (
                     lane is not None
@@ -119,17 +119,17 @@ class Session(Connection):
                     and envelope.company_id == company_id
                     and not envelope.enable_tracing
                 ):
-                    produce(lane.topic, item, key, -1, lane.on_delivery)  # type: ignore[arg-type]  # as above
+                    produce(lane.topic, item, key, -1, lane.on_delivery)
                     tally = lane.tally
                     tally.received += 1
-                    tally.received_bytes += len(item)  # type: ignore[arg-type]  # as above
+                    tally.received_bytes += len(item)
                     tally.in_flight += 1
                     self.received += 1
                     continue
             except egress.errors:
                 pass
             try:
-                self._route(item)  # type: ignore[arg-type]  # as above
+                self._route(item)
             except QueueFull:
                 self._backlog = [item, *rest]
                 self._readiness.stall(self)
@@ -233,4 +233,3 @@ class Session(Connection):
 
     def _log_crash(self, error: Exception) -> None:
         self._context.on_crash(self, error)
-

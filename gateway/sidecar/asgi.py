@@ -17,7 +17,7 @@ _TEXT: Final = b"text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """The application. ``reasons`` lists why the gateway is not ready, empty when it is; ``details`` is for ``/health``."""
+    """The application. ``reasons`` lists why the gateway is not ready; ``details`` is for ``/health``."""
 
     reasons: Callable[[], list[str]]
     details: Callable[[], dict[str, Any]]
@@ -40,9 +40,7 @@ class Sidecar:
         ]
         if status == 405:
             headers.append((b"allow", b"GET, HEAD"))
-        await send(
-            {"type": "http.response.start", "status": status, "headers": headers, "trailers": False}
-        )
+        await send({"type": "http.response.start", "status": status, "headers": headers, "trailers": False})
         if scope["method"] == "HEAD":
             body = b""
         await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -82,13 +82,11 @@ async def run(
         while True:
             try:
                 async with trio.open_nursery() as nursery:
-                    await nursery.start(
-                        partial(serve, app, _config(sock), shutdown_trigger=trio.sleep_forever)  # type: ignore[arg-type]  # hypercorn's union of WSGI and ASGI
-                    )
+                    await nursery.start(partial(serve, app, _config(sock), shutdown_trigger=trio.sleep_forever))
                     if not reported:
                         task_status.started(sock.getsockname()[1])
                         reported = True
-            except Exception as error:  # noqa: BLE001  # the barrier around hypercorn's worker
+            except Exception as error:  # the barrier around hypercorn's worker
                 log_restart("sidecar restarted", exc_info=error)
             await trio.sleep(RESTART_PAUSE_S)
     finally:

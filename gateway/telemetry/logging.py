@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, MutableMapping
 
     from gateway.telemetry.metrics import Counters
 
@@ -64,7 +64,7 @@ class LineWriter:
                 self._counters.log_lines_lost += 1
 
 
-def _redact(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+def _redact(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """The last line of defence: a field with a secret's name never gets out."""
     for name in event:
         if any(word in name.lower() for word in _SECRET_WORDS):
@@ -72,8 +72,8 @@ def _redact(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
     return event
 
 
-def _escape(_: Any, __: str, line: str) -> bytes:
-    return line.replace("\r", "\\r").replace("\n", "\\n").encode("utf-8", "backslashreplace")
+def _escape(_: Any, __: str, line: Any) -> bytes:
+    return str(line).replace("\r", "\\r").replace("\n", "\\n").encode("utf-8", "backslashreplace")
 
 
 class Log:

@@ -28,7 +28,23 @@ CACHE_S: Final = 1.0
 """An exposition is reused this long: producing one takes milliseconds of the event loop."""
 
 ROUTING_BUCKETS_S: Final = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3)
-DELIVERY_BUCKETS_S: Final = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+DELIVERY_BUCKETS_S: Final = (
+    1e-3,
+    2e-3,
+    5e-3,
+    1e-2,
+    2e-2,
+    5e-2,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
 LAG_BUCKETS_S: Final = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 HANDSHAKE_OUTCOMES: Final = (
@@ -150,7 +166,9 @@ class Exposition:
         yield GaugeMetricFamily("gateway_kafka_up", "1 while a broker is connected.", gauges.kafka_up())
         yield GaugeMetricFamily("gateway_reading_paused", "1 while the producer queue is full.", gauges.paused())
         yield GaugeMetricFamily(
-            "gateway_producer_queue_messages", "Records in the producer, unconfirmed.", gauges.producer_queue()
+            "gateway_producer_queue_messages",
+            "Records in the producer, unconfirmed.",
+            gauges.producer_queue(),
         )
         yield _counter("gateway_handshakes", "Handshakes.", "outcome", counters.handshakes)
         yield _counter("gateway_connections_closed", "Connections ended.", "outcome", counters.closes)
@@ -162,7 +180,11 @@ class Exposition:
         yield CounterMetricFamily("gateway_log_lines_lost", "Log lines nobody read.", value=counters.log_lines_lost)
         yield from self._messages()
         for name, text, histogram in (
-            ("gateway_routing_seconds", "From bytes read to produce returned, a message.", counters.routing_s),
+            (
+                "gateway_routing_seconds",
+                "From bytes read to produce returned, a message.",
+                counters.routing_s,
+            ),
             ("gateway_delivery_seconds", "From receive to Kafka's acknowledgement.", counters.delivery_s),
             ("gateway_loop_lag_seconds", "How late the event loop woke a sleeper.", counters.loop_lag_s),
         ):

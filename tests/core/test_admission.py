@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway import refusals
-from gateway.core.admission import MAX_ADDRESSES, Admission, AddressRate
+from gateway.core.admission import MAX_ADDRESSES, AddressRate, Admission
 from gateway.errors import Refused
 
 

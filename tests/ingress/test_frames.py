@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import tracemalloc
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +21,7 @@ LIMIT = 4096
 
 @st.composite
 def conversations(draw: st.DrawFn) -> tuple[bytes, list[Item]]:
-    """A valid byte stream and what it means: messages in fragments with control frames between them, then maybe a close."""
+    """A valid byte stream and what it means: fragmented messages, control frames between them, maybe a close."""
     stream = b""
     items: list[Item] = []
     for _ in range(draw(st.integers(0, 6))):
@@ -32,7 +33,7 @@ def conversations(draw: st.DrawFn) -> tuple[bytes, list[Item]]:
         message = draw(st.text(max_size=300)).encode() if text else draw(st.binary(max_size=600))
         cuts = sorted(draw(st.lists(st.integers(0, len(message)), max_size=4)))
         edges = [0, *cuts, len(message)]
-        for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+        for index, (start, stop) in enumerate(pairwise(edges)):
             opcode = 0x0 if index else (0x1 if text else 0x2)
             part = message[start:stop]
             form = draw(st.sampled_from([None, 126, 127] if len(part) < 126 else [None, 127]))
@@ -52,7 +53,7 @@ def split(draw: st.DrawFn, stream: bytes) -> list[bytes]:
     """The stream cut at any places."""
     cuts = sorted(draw(st.lists(st.integers(0, len(stream)), max_size=20)))
     edges = [0, *cuts, len(stream)]
-    return [stream[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    return [stream[start:stop] for start, stop in pairwise(edges)]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -77,7 +77,9 @@ def pair(nursery: trio.Nursery, journal: list[str]) -> Iterator[tuple[Readiness,
     second.close()
 
 
-async def test_an_exception_reaches_its_own_connection_only(pair: tuple[Readiness, Reader, Reader], journal: list[str]) -> None:
+async def test_an_exception_reaches_its_own_connection_only(
+    pair: tuple[Readiness, Reader, Reader], journal: list[str]
+) -> None:
     _, first, second = pair
     first.raises = ValueError("boom")
     first.peer.send(b"x")
@@ -119,7 +121,9 @@ async def test_what_stalled_is_handed_over_before_anything_is_read(
     assert journal == ["first stalls", "first resumed", "second:y"]
 
 
-async def test_an_exception_while_resuming_is_the_connections_own(pair: tuple[Readiness, Reader, Reader]) -> None:
+async def test_an_exception_while_resuming_is_the_connections_own(
+    pair: tuple[Readiness, Reader, Reader],
+) -> None:
     readiness, first, second = pair
     first.stalls = 1
     first.peer.send(b"x")

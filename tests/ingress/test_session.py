@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
+import trio.lowlevel
 from google.protobuf.message import DecodeError
 
 from gateway import refusals
@@ -45,7 +46,7 @@ class ScriptedLane:
 class ScriptedEgress:
     """Takes ``room`` messages, then has none; raises ``bug`` when there is one."""
 
-    errors = (DecodeError, BufferError)
+    errors: tuple[type[Exception], ...] = (DecodeError, BufferError)
 
     def __init__(self) -> None:
         self.room = 1_000_000
@@ -54,7 +55,9 @@ class ScriptedEgress:
         self.dead: list[tuple[bytes, str]] = []
         self.took = trio.Event()
 
-    def produce(self, topic: str, value: bytes, key: bytes, partition: int, report: Callable[[Any, Any], None], /) -> None:
+    def produce(
+        self, topic: str, value: bytes, key: bytes, partition: int, report: Callable[[Any, Any], None], /
+    ) -> None:
         if self.bug is not None:
             raise self.bug
         if not self.room:
@@ -141,7 +144,7 @@ async def test_many_messages_of_one_read_keep_their_order() -> None:
     async with world() as it:
         await it.peer.send_all(b"".join(frame(0x2, tick(number)) for number in range(100)))
         while len(it.egress.sent) < 100:
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
         assert it.egress.sent == [tick(number) for number in range(100)]
         assert it.session.received == 100
 
@@ -161,7 +164,7 @@ async def test_full_queue_stops_reading_and_loses_and_reorders_nothing() -> None
         it.egress.room = 1000
         it.readiness.resume()
         while len(it.egress.sent) < 51:
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
         assert it.egress.sent == [tick(number) for number in range(51)]
 
 

@@ -6,7 +6,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import refusals
 from gateway.core.books import Books
-from gateway.telemetry.metrics import CLOSE_OUTCOMES, HANDSHAKE_OUTCOMES, Counters, Exposition, Gauges, Histogram
+from gateway.telemetry.metrics import (
+    CLOSE_OUTCOMES,
+    HANDSHAKE_OUTCOMES,
+    Counters,
+    Exposition,
+    Gauges,
+    Histogram,
+)
 
 
 def exposition(counters: Counters, books: Books) -> Exposition:
