@@ -128,7 +128,7 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(readiness.run)
         nursery.start_soon(live)
-        with trio.fail_after(10):  # noqa: ASYNC100  # the test's body runs in it
+        with trio.fail_after(10):  # the test's body runs in it
             yield made[0]
         nursery.cancel_scope.cancel()
     await made[0].peer.aclose()
