@@ -104,12 +104,13 @@ class Client:
         self.offsets = [first + len(one) * position for position in range(batch)]
         self.waiting = bytearray()
 
-    def send(self) -> int:
-        """Make the next messages and send them, or keep them behind those that wait; returns how many."""
-        now = time.monotonic_ns()
+    def send(self, now: int) -> int:
+        """Make the next messages at ``now`` (ns) and send them, or keep them behind those that wait; how many."""
+        number = self.number
         for offset in self.offsets:
-            STAMP.pack_into(self.frame, offset, now, self.index, self.number)
-            self.number += 1
+            STAMP.pack_into(self.frame, offset, now, self.index, number)
+            number += 1
+        self.number = number
         if self.waiting:
             self.waiting += self.frame
             return len(self.offsets)
@@ -165,10 +166,12 @@ class Load:
         start = time.monotonic()
         written = 0
         while (now := time.monotonic()) - start < seconds:
+            # What is due is stamped with the moment it was due at the latest: a load that is late shows as latency.
             due = int((now - start) * writes_per_s)
+            now_ns = time.monotonic_ns()
             while written < due:
                 client = clients[written % count]
-                client.send()
+                client.send(now_ns)
                 if client.waiting:
                     self._blocked.add(client)
                 written += 1
@@ -186,7 +189,7 @@ class Load:
                 if client.waiting:
                     client.flush()
                 if not client.waiting:
-                    progress += client.send()
+                    progress += client.send(time.monotonic_ns())
             sent += progress
             self._serve(0.0 if progress else TICK_S)
         return sent

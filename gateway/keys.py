@@ -62,7 +62,13 @@ def read_secret(settings: AuthSettings) -> bytes | None:
 
 def _secret(settings: AuthSettings) -> list[VerifyKey]:
     secret = read_secret(settings)
-    return [] if secret is None else [VerifyKey("HS256", secret, settings.secret_kid)]
+    if secret is None:
+        return []
+    try:
+        key = jwt.get_algorithm_by_name("HS256").prepare_key(secret)
+    except jwt.InvalidKeyError as error:
+        raise ConfigError(["auth: the secret is a public key or a certificate"]) from error
+    return [VerifyKey("HS256", key, settings.secret_kid)]
 
 
 def _read(where: str, path: str) -> bytes:
