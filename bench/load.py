@@ -15,6 +15,7 @@ import base64
 import json
 import select
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -65,12 +66,14 @@ def user_of(client: int, users: int) -> str:
     return f"user-{client % users:06d}"
 
 
-def open_client(url: str, token: str) -> socket.socket:
+def open_client(url: str, token: str, tls: ssl.SSLContext | None = None) -> socket.socket:
     """Connect and shake hands; raises ConnectionError with the answer when it is not 101."""
     parts = urlsplit(url)
     assert parts.hostname is not None
-    sock = socket.create_connection((parts.hostname, parts.port or 80), timeout=30)
+    sock: socket.socket = socket.create_connection((parts.hostname, parts.port or 80), timeout=30)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if tls is not None:
+        sock = tls.wrap_socket(sock, server_hostname=parts.hostname)
     key = base64.b64encode(b"0123456789abcdef").decode()
     sock.sendall(
         f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -148,7 +151,7 @@ class Load:
             client = self._by_fd[fd]
             try:
                 data = client.sock.recv(4096)
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantReadError):
                 continue
             except OSError:
                 data = b""
@@ -166,7 +169,6 @@ class Load:
         start = time.monotonic()
         written = 0
         while (now := time.monotonic()) - start < seconds:
-            # What is due is stamped with the moment it was due at the latest: a load that is late shows as latency.
             due = int((now - start) * writes_per_s)
             now_ns = time.monotonic_ns()
             while written < due:
@@ -229,10 +231,11 @@ def _hear() -> dict[str, Any]:
 def send_main() -> None:
     """Connect, then obey: ``paced``, ``saturated``, ``idle``, until standard input ends."""
     task = _hear()
+    tls = ssl.create_default_context(cafile=task["ca"]) if task.get("ca") else None
     began = time.monotonic()
     clients = [
         Client(
-            open_client(task["url"], token),
+            open_client(task["url"], token, tls),
             task.get("first_client", 0) + position,
             user,
             task["company"],
