@@ -48,6 +48,7 @@ class Daemon:
             "listen.port": 0,
             "sidecar.port": 0,
             "listen.handshakes_per_address_per_s": 0,
+            "listen.max_pending_per_address": 0,
             **({} if self._embedded else {"kafka.bootstrap_servers": kafka}),
             **(settings or {}),
         }

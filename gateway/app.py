@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 import socket
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,7 +81,9 @@ class Gateway:
         self._bootstrap_servers = bootstrap_servers or settings.kafka.bootstrap_servers
         self._routes_changed = trio.Event()
         self.lost = 0
-        """Messages given up by the drain; not 0 makes the exit status 1."""
+        """Messages given up by the drain or a hard stop."""
+        self.failed = False
+        """The daemon ended because it could not go on; with `lost`, what makes the exit status 1."""
         config.check_descriptors(settings.listen.max_connections)
         self._tls = keys.tls_context(settings.tls)
         self._build_egress()
@@ -124,8 +125,8 @@ class Gateway:
         )
         self._readiness = Readiness()
         self._readiness.timing = self._time_turn
-        self._producer.on_room = self._resume_reading
-        log_crash = self._limited(self._log.error)
+        self._producer.on_room = self._readiness.resume
+        self._producer.on_fatal = self._fail
         self._sessions = Sessions(
             SessionContext(
                 readiness=self._readiness,
@@ -141,8 +142,10 @@ class Gateway:
                 egress=self._delivery,
                 ack_interval_ms=session.ack_interval_ms,
                 reconnect_window_ms=settings.drain.reconnect_window_ms,
-                notify=lambda ended: self._heartbeat.notify(ended),
-                on_crash=partial(_log_session_crash, log_crash),
+                leeway_s=settings.auth.leeway_s,
+                notify=lambda session: self._heartbeat.notify(session),
+                log_refused=self._limited(self._log.info),
+                log_crash=self._limited(self._log.error),
             ),
             self._admission,
             self._books,
@@ -181,8 +184,10 @@ class Gateway:
             services.cancel_scope.cancel()
         self._lifecycle.state.value = "stopped"
 
-    def stop(self) -> None:
-        """Ask for a drain, as SIGTERM does."""
+    def _fail(self) -> None:
+        """The producer can never send again: read nothing more and drain, to be restarted."""
+        self.failed = True
+        self._readiness.pause()
         self._lifecycle.drain()
 
     async def wait_ready(self) -> None:
@@ -209,6 +214,7 @@ class Gateway:
             tls=self._tls,
             handshake_timeout_s=listen.handshake_timeout_s,
             max_connections=listen.max_connections,
+            max_pending_per_address=listen.max_pending_per_address,
             counters=self._counters,
             log_refused=self._limited(self._log.info),
             log_crash=self._limited(self._log.error),
@@ -266,6 +272,9 @@ class Gateway:
                 remedy="Kafka did not confirm them in time; clients must send them again",
             )
             self.lost += left
+        if self._sessions.abandoned:
+            self._log.error("messages read and not handed over", given_up=self._sessions.abandoned)
+            self.lost += self._sessions.abandoned
         totals = self._books.totals()
         self._log.info(
             "stopped",
@@ -278,9 +287,6 @@ class Gateway:
             imbalance=totals.imbalance,
         )
 
-    def _resume_reading(self) -> None:
-        self._readiness.resume()
-
     # Reload
 
     def reload(self) -> None:
@@ -288,22 +294,28 @@ class Gateway:
 
         A fault is logged and leaves everything as it was.
         """
-        systemd.reloading()
+        ready = self._lifecycle.state.value == "ready"
+        if ready:
+            systemd.reloading()
         try:
             settings = self._settings if self._reload_settings is None else self._reload_settings()
             rules = keys.token_rules(settings.auth)
+            if (self._tls is None) != (settings.tls.cert_file is None):
+                raise ConfigError(["tls: cannot be switched on or off while running"])
             if self._tls is not None:
-                if settings.tls.cert_file is None:
-                    raise ConfigError(["tls: cannot be switched off while running"])
                 keys.load_certificate(self._tls, settings.tls)
         except ConfigError as error:
             self._counters.reloads["failed"] += 1
             self._log.error("reload failed, the old settings stay", faults=list(error.faults))
+        except Exception as error:  # no file may end a daemon that runs
+            self._counters.reloads["failed"] += 1
+            self._log.error("reload failed, the old settings stay", exc_info=error)
         else:
             self._apply(settings)
             self._handshake.rules = rules
             self._counters.reloads["ok"] += 1
-        systemd.notify("READY=1")
+        if ready:
+            systemd.notify("READY=1")
 
     def _apply(self, settings: Settings) -> None:
         old = self._settings
@@ -336,6 +348,8 @@ class Gateway:
             reasons.append("draining")
         if self._producer.missing_topics:
             reasons.append(f"topics_missing: {', '.join(self._producer.missing_topics)}")
+        elif self._producer.fatal:
+            reasons.append("kafka_producer_failed")
         elif not self._producer.up:
             reasons.append("kafka_unavailable")
         if self._producer.full:
@@ -407,12 +421,3 @@ class Gateway:
 
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _log_session_crash(log: RateLimited, session: Session, error: Exception) -> None:
-    log(
-        "session crashed, closed with 1011",
-        connection=session.connection_id,
-        user_id=session.principal.user_id,
-        exc_info=error,
-    )

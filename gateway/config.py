@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import resource
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -30,9 +31,6 @@ from gateway.core.principal import ALGORITHMS
 from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes, check_topic
 from gateway.egress.producer import OWN_PROPERTIES, PROPERTIES
 from gateway.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 ENV_PREFIX: Final = "GATEWAY_"
 CREDENTIAL: Final = "credential:"
@@ -64,6 +62,7 @@ class ListenSettings(_Section):
     allowed_origins: tuple[str, ...] = ()
     handshakes_per_address_per_s: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 50.0
     handshakes_per_address_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    max_pending_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 200
 
 
 class TlsSettings(_Section):
@@ -200,15 +199,15 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Settings:
-        limit = self.kafka.properties.get("message.max.bytes", 1_000_000)
+        limit = _whole_number(self.kafka.properties, "message.max.bytes", 1_000_000)
         # Room for the key, the stamp and a dead letter's headers.
-        if self.listen.max_message_bytes + 4096 > int(limit):
+        if self.listen.max_message_bytes + 4096 > limit:
             raise ValueError(
                 f"listen.max_message_bytes {self.listen.max_message_bytes}"
                 f" does not fit into Kafka's message.max.bytes {limit}"
             )
-        queue_kbytes = self.kafka.properties.get("queue.buffering.max.kbytes", PROPERTIES["queue.buffering.max.kbytes"])
-        if int(queue_kbytes) * 1024 < 4 * self.listen.max_message_bytes:
+        name = "queue.buffering.max.kbytes"
+        if _whole_number(self.kafka.properties, name, PROPERTIES[name]) * 1024 < 4 * self.listen.max_message_bytes:
             raise ValueError("kafka.properties: queue.buffering.max.kbytes holds fewer than four messages")
         return self
 
@@ -216,6 +215,14 @@ class Settings(BaseSettings):
     def table(self) -> Routes:
         """The routes as the core takes them."""
         return Routes(self.routes.topics, self.routes.dead_letter)
+
+
+def _whole_number(properties: Mapping[str, _Property], name: str, default: _Property) -> int:
+    """A property that the gateway reads itself. Raises ValueError naming it."""
+    try:
+        return int(properties.get(name, default))
+    except (ValueError, OverflowError):
+        raise ValueError(f"kafka.properties: {name} is no whole number") from None
 
 
 class _Layer(PydanticBaseSettingsSource):
@@ -359,7 +366,7 @@ def kafka_properties(settings: KafkaSettings) -> dict[str, _Property]:
     for name, file in settings.property_files.items():
         try:
             properties[name] = Path(file).read_text().rstrip("\n")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not text"
             raise ConfigError([f"kafka.property_files.{name}: {file}: {reason}"]) from error
     return properties

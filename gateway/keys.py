@@ -74,8 +74,8 @@ def _secret(settings: AuthSettings) -> list[VerifyKey]:
 def _read(where: str, path: str) -> bytes:
     try:
         return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError([f"{where}: {error.strerror}"]) from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise ConfigError([f"{where}: {getattr(error, 'strerror', None) or error}"]) from error
 
 
 def _public_keys(settings: AuthSettings) -> list[VerifyKey]:
@@ -155,9 +155,9 @@ def load_certificate(context: ssl.SSLContext, settings: TlsSettings) -> None:
     try:
         # The empty password keeps OpenSSL from asking for one on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.cert_file, settings.key_file, password="")
+        context.load_cert_chain(settings.cert_file, settings.key_file, password="")
     except (ssl.SSLError, OSError) as error:
         reason = getattr(error, "reason", None) or "unusable"
         raise ConfigError(
             [f"tls: {settings.cert_file} and {settings.key_file} are no certificate with its key: {reason}"]
         ) from error
-    context.load_cert_chain(settings.cert_file, settings.key_file, password="")

@@ -101,10 +101,11 @@ async def stream(
     tls: ssl.SSLContext | None = None,
     say: Callable[[str], None] = print,
 ) -> Summary:
-    """Replay the file; returns when the gateway has routed every tick.
+    """Replay the file; returns when everything is sent and the gateway has routed what the last connection carried.
 
     Reconnects with jittered, growing delays when the connection is lost, and goes on with the message that could not be
-    sent. Raises BadTicks, and ClientError for a refusal that another attempt would meet again.
+    sent; what an earlier connection had under way when it broke may be lost. Raises BadTicks, and ClientError for a
+    refusal that another attempt would meet again.
     """
     summary = Summary()
     began = time.monotonic()

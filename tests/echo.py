@@ -96,6 +96,7 @@ async def serve(port: int, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_
         tls=None,
         handshake_timeout_s=10.0,
         max_connections=1000,
+        max_pending_per_address=0,
         counters=Counters(),
         log_refused=quiet,
         log_crash=quiet,

@@ -173,6 +173,41 @@ def test_expired_token_closes_with_4401(start_daemon: Callable[..., Daemon]) -> 
         assert client.read_close()[0] == 4401
 
 
+def test_token_within_the_leeway_is_admitted_and_kept_that_long(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(settings={"auth.leeway_s": 4})
+    with RawClient(daemon.url) as client:
+        admitted = time.time()
+        client.upgrade(daemon.token(ttl_s=1))
+        time.sleep(1.5)  # past its expiry, not past the leeway
+        client.ping()
+        assert client.read_close()[0] == 4401
+        assert 4 < time.time() - admitted < 8
+
+
+def test_timeouts_do_not_wait_for_notices(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(
+        settings={"session.ack_interval_ms": 20_000, "session.ping_interval_s": 1, "session.idle_timeout_s": 2}
+    )
+    with RawClient(daemon.url) as client:
+        client.upgrade(daemon.token())
+        began = time.monotonic()
+        assert client.read_close()[0] == 4408
+        assert time.monotonic() - began < 6
+
+
+def test_bad_frames_and_dead_letters_are_logged(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon()
+    with RawClient(daemon.url) as client:
+        client.upgrade(daemon.token("noisy"))
+        client.send_binary(b"\xff")
+        client.send_frame(TEXT, b"hello")
+        assert client.read_close()[0] == 1003
+        client.expect_end()
+    lines = [line for line in daemon.log().splitlines() if '"user_id": "noisy"' in line]
+    assert any('"reason": "not_an_envelope"' in line for line in lines)
+    assert any('"code": 1003' in line for line in lines)
+
+
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_fragments_with_control_frames_between_are_joined(daemon: Daemon, size: int) -> None:
     message = MessageEnvelope(

@@ -169,6 +169,25 @@ def test_attempts_over_an_address_rate_get_429_with_retry_after(start_daemon: Ca
         other.upgrade(daemon.token())
 
 
+def test_silent_sockets_of_one_address_leave_places_for_others(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(settings={"listen.max_pending_per_address": 5, "listen.max_connections": 10})
+    silent = [RawClient(daemon.url) for _ in range(5)]
+    with RawClient(daemon.url) as sixth:
+        answer = sixth.read_response()
+        assert (answer.status, answer.code) == (429, "too_many_attempts")
+        assert answer.headers["retry-after"] == "1"
+    with RawClient(daemon.url, source="127.0.0.2") as other:
+        other.upgrade(daemon.token())
+    for client in silent:
+        client.sock.close()
+    deadline = time.monotonic() + 5
+    status = 0
+    while status != 101:
+        with RawClient(daemon.url) as client:
+            status = client.request(client.headers(daemon.token())).status
+        assert time.monotonic() < deadline
+
+
 def test_connections_over_the_cap_get_503_until_a_place_is_free(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(settings={"listen.max_connections": 2})
     with RawClient(daemon.url) as first, RawClient(daemon.url) as second:

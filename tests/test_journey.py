@@ -19,7 +19,7 @@ from gateway.ticks import COLUMNS, read
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.v1.ticks_pb2 import BatchTickData, Tick
 from tests.conftest import Broker
-from tests.rawclient import RawClient
+from tests.rawclient import RawClient, frame
 from tests.records import Records
 
 # Real feeds hold equal times, identical rows, crossed quotes and zeros.
@@ -113,6 +113,59 @@ async def test_wrong_certificate_is_refused_by_the_client(start_daemon: Callable
         patient.send_binary(MessageEnvelope(message_type="tick_data", payload=b"x" * 60_000).SerializeToString())
         patient.ping()
         assert patient.close()[0] == 1000
+
+
+def test_frames_in_one_tls_record_with_the_request_are_taken_at_once(
+    start_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    ca, certificate, key = devkeys.write_certificate(tmp_path, "localhost", "127.0.0.1")
+    daemon = start_daemon(settings={"tls.cert_file": str(certificate), "tls.key_file": str(key)})
+    message = MessageEnvelope(message_type="tick_data", user_id="eager", company_id="acme", payload=bytes(100))
+    with Records(daemon.kafka, "tick-data") as records:
+        with RawClient(daemon.url, tls=ssl.create_default_context(cafile=ca)) as eager:
+            head = "".join(f"{name}: {value}\r\n" for name, value in eager.headers(daemon.token("eager")))
+            frames = frame(0x2, message.SerializeToString()) * 60 + frame(0x9, b"last")
+            eager.sock.sendall(f"GET /ws/mt5 HTTP/1.1\r\n{head}\r\n".encode() + frames)
+            assert eager.read_response().status == 101
+            assert eager.read_frame() == (0xA, b"last")
+        assert len(records.take(60, key="eager")) == 60
+
+
+def test_resets_before_the_tls_handshake_are_ordinary(start_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    _, certificate, key = devkeys.write_certificate(tmp_path, "localhost")
+    daemon = start_daemon(settings={"tls.cert_file": str(certificate), "tls.key_file": str(key)})
+    for _ in range(30):
+        RawClient(daemon.url).reset()
+    deadline = time.monotonic() + 10
+    while True:
+        metrics = daemon.get("/metrics")[1]
+        if 'gateway_handshakes_total{outcome="tls_failed"} 30.0' in metrics:
+            break
+        assert time.monotonic() < deadline, metrics
+        time.sleep(0.2)
+    assert 'gateway_handshakes_total{outcome="error"} 0.0' in metrics
+    assert "Traceback" not in daemon.log()
+
+
+def test_a_reload_of_anything_never_ends_the_daemon(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon()
+    bad: list[dict[str, object]] = [
+        {"auth__secret_file": "a\0b"},
+        {"kafka__properties": {"message.max.bytes": "much"}},
+        {"tls__cert_file": "a.pem", "tls__key_file": "b.pem"},
+    ]
+    good = dict(daemon._settings)
+    for number, change in enumerate(bad, 1):
+        daemon.reconfigure(**change)
+        daemon.signal(signal.SIGHUP)
+        deadline = time.monotonic() + 10
+        while daemon.log().count("reload failed") < number:
+            assert time.monotonic() < deadline, daemon.log()
+            time.sleep(0.02)
+        daemon._settings = dict(good)
+    with RawClient(daemon.url) as client:
+        client.upgrade(daemon.token())
+        client.ping()
 
 
 def test_tls_client_that_never_speaks_is_closed(start_daemon: Callable[..., Daemon], tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ MAX_TOKEN_BYTES: Final = 8192
 MAX_ID_BYTES: Final = 256
 """Bound of a user_id and a company_id; they become record keys, headers and log fields."""
 
+MAX_DATE: Final = 2.0**53
+"""Bound of a NumericDate: what a double still counts exactly, and every encoding of a control message holds."""
+
 ALGORITHMS: Final = ("HS256", "RS256", "ES256", "EdDSA")
 
 # hot: PyJWT's verifiers without its decoding, which walks the token's characters in Python: 33 µs a handshake instead
@@ -149,7 +152,7 @@ def _numeric_date(claims: dict[str, Any], name: str) -> float | None:
         number = float(value)
     except OverflowError:
         raise InvalidToken(f"bad_{name}") from None
-    if not math.isfinite(number):
+    if not math.isfinite(number) or abs(number) > MAX_DATE:
         raise InvalidToken(f"bad_{name}")
     return number
 

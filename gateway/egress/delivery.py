@@ -165,6 +165,10 @@ class Delivery:
         except BufferError:
             self._producer.note_full()
             raise QueueFull from None
+        except KafkaException as error:
+            self._log_refused("dead letter refused", topic=self.routes.dead_letter, error=str(error))
+            self._drop(tally, raw, refusals.DROP_DEAD_LETTER_REFUSED)
+            return
         self._counters.dead_letters[reason] += 1
 
     def _dead_letter_reported(self, tally: Tally, raw: bytes, error: Any, message: Any) -> None:
@@ -180,6 +184,7 @@ class Delivery:
         self._drop(tally, raw, refusals.DROP_DEAD_LETTER_REFUSED)
 
     def _drop(self, tally: Tally, raw: bytes, reason: str) -> None:
+        """Give a message up. It counts as in flight before, or is about to be counted by the caller."""
         tally.in_flight -= 1
         tally.dropped += 1
         tally.dropped_bytes += len(raw)

@@ -82,9 +82,12 @@ class KafkaProducer:
         self.reached = False
         self.up = False
         self.full = False
+        self.fatal = ""
+        """Why the producer can never send again (fenced, out of sequence); empty while it can."""
         self.missing_topics: tuple[str, ...] = ()
         self._room_at = 0
         self.on_room: Callable[[], None] = lambda: None
+        self.on_fatal: Callable[[], None] = lambda: None
         self.after_poll: Callable[[], None] = lambda: None
         self._last_error = ""
         try:
@@ -127,8 +130,15 @@ class KafkaProducer:
             self._room_at = int(len(self._producer) * ROOM_AGAIN)
 
     def poll(self) -> None:
-        """Read the delivery reports that are there, and say so if a full queue has room again."""
-        self._producer.poll(0)
+        """Read the delivery reports that are there, and say so if a full queue has room again.
+
+        confluent-kafka raises a fatal error of the idempotent producer from here instead of reporting it: nothing can
+        be produced any more, see `fatal`.
+        """
+        try:
+            self._producer.poll(0)
+        except KafkaException as error:
+            self._note_fatal(error)
         self.after_poll()
         if self.full and len(self._producer) <= self._room_at:
             self.full = False
@@ -185,6 +195,13 @@ class KafkaProducer:
         self._producer.purge()
         await self.flush(PURGE_TIMEOUT_S)
 
+    def _note_fatal(self, error: KafkaException) -> None:
+        self.up = False
+        if not self.fatal:
+            self.fatal = error.args[0].str()
+            self._log.error("the producer failed for good", error=self.fatal, remedy="the gateway drains and ends")
+            self.on_fatal()
+
     def _note_unreachable(self, reason: str) -> None:
         if reason != self._last_error:
             self._last_error = reason
@@ -200,7 +217,7 @@ class KafkaProducer:
 
     def _on_statistics(self, statistics: str) -> None:
         brokers = json.loads(statistics).get("brokers", {})
-        up = any(broker.get("state") == "UP" for broker in brokers.values())
+        up = not self.fatal and any(broker.get("state") == "UP" for broker in brokers.values())
         if up and not self.up:
             self._log.info("Kafka connected")
         self.up = up

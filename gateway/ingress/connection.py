@@ -120,6 +120,12 @@ class Connection:
         """Handle what one read completed; `_event` is for everything but messages."""
         raise NotImplementedError
 
+    def _greet(self) -> None:
+        """Say the first words of the connection; by default nothing."""
+
+    def _log_failure(self, close: Close, detail: str) -> None:
+        """Say that the peer broke the protocol; by default nothing."""
+
     def _log_crash(self, error: Exception) -> None:
         """Say that handling this connection's input raised."""
         raise NotImplementedError
@@ -159,6 +165,7 @@ class Connection:
             self._end("peer_lost")
             return
         del outbox[:sent]
+        self._unsent_since = trio.current_time()
         if not outbox:
             self._outbox = None
             self._readiness.want_write(self, False)
@@ -167,9 +174,12 @@ class Connection:
         """Hand over what could not be handed over before; nothing in a connection that hands over nothing."""
 
     def crash(self, error: Exception) -> None:
-        """End with 1011 because of ``error``; the other connections never know."""
-        self._log_crash(error)
-        self.fail(refusals.CLOSE_INTERNAL)
+        """End with 1011 because of ``error``; the other connections never know. Never raises."""
+        try:
+            self._log_crash(error)
+            self.fail(refusals.CLOSE_INTERNAL)
+        except Exception:  # the barrier's own last resort
+            self._end(refusals.CLOSE_INTERNAL.name)
 
     # Sending
 
@@ -233,6 +243,7 @@ class Connection:
     def _event(self, item: Item) -> None:
         """Handle a control event."""
         if isinstance(item, Failure):
+            self._log_failure(item.close, item.detail)
             self.fail(item.close, item.detail)
         elif isinstance(item, PeerClose):
             if self.state == OPEN:  # RFC 6455 5.5.1: answer with the code received
@@ -250,6 +261,7 @@ class Connection:
             self._controls = 0
         self._controls += 1
         if self._controls > self._limits.max_controls_per_s:
+            self._log_failure(refusals.CLOSE_CONTROL_FLOOD, refusals.CLOSE_CONTROL_FLOOD.reason)
             self.fail(refusals.CLOSE_CONTROL_FLOOD)
 
     # Called by Heartbeat
@@ -257,6 +269,7 @@ class Connection:
     def tick(self, now: float) -> None:
         """Do what is due at ``now`` and set ``due`` to when to come back; all in Trio's seconds."""
         limits = self._limits
+        self.flush()  # while reading is paused nobody else does
         if self._outbox is not None and now - self._unsent_since >= limits.unsent_timeout_s:
             self._end("stalled_peer")
             return
@@ -288,27 +301,28 @@ class Connection:
             if self.state == CLOSING:
                 await self._await_peer_close()
             await self._settle()
-            self._readiness.remove(self)
-            with trio.move_on_after(self._limits.close_timeout_s):
-                await self._half_close_and_drain()
+            if self.outcome not in ("peer_lost", "stalled_peer"):
+                with trio.move_on_after(self._limits.close_timeout_s):
+                    await self._half_close_and_drain()
         except trio.Cancelled:
             self.outcome = "cancelled"
             raise
         finally:
-            self._readiness.remove(self)
+            self.state = ENDED
+            self._readiness.forget(self)
             self.sock.close()
 
     def _start(self, first: bytes) -> None:
         """Enter the epoll; take what came with the handshake, behind the same barrier as every feed."""
         self._readiness.add(self)
         self.due = trio.current_time()
-        if first:
-            try:
-                items = self._decoder.receive(first)
-                if items:
-                    self._take(items)
-            except Exception as error:  # the barrier around each connection
-                self.crash(error)
+        try:
+            self._greet()
+            items = self._decoder.receive(first) if first else None
+            if items:
+                self._take(items)
+        except Exception as error:  # the barrier around each connection
+            self.crash(error)
 
     async def _await_peer_close(self) -> None:
         with trio.move_on_after(self._limits.close_timeout_s):

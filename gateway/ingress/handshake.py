@@ -24,7 +24,7 @@ from gateway.core import control
 from gateway.core.principal import InvalidToken
 from gateway.errors import Refused
 from gateway.ingress import request as http
-from gateway.ingress.connection import BLOCKED, WRITE_BLOCKED
+from gateway.ingress.connection import BLOCKED, READ_BYTES, WRITE_BLOCKED
 
 if TYPE_CHECKING:
     import socket
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 _ACCOUNT = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
-_READ_BYTES: Final = 4096
 _PHRASES: Final = {
     400: "Bad Request",
     401: "Unauthorized",
@@ -180,14 +179,15 @@ async def read_request(sock: socket.socket, buffer: bytearray) -> Request:
     """
     while True:
         try:
-            data = sock.recv(_READ_BYTES)
+            data = sock.recv(READ_BYTES)  # a whole TLS record: see READ_BYTES
         except BLOCKED:
             await trio.lowlevel.wait_readable(sock.fileno())
             continue
         if not data:
             raise Disconnected
+        seen = len(buffer)
         buffer += data
-        end = http.head_end(buffer)
+        end = http.head_end(buffer, seen)
         if end >= 0:
             head = bytes(buffer[:end])
             del buffer[:end]

@@ -1,6 +1,6 @@
 """One task that looks after all sessions, instead of timers in each of them.
 
-Every `NOTICES_S` it sends the notices that have gathered; once a second it visits the sessions whose ``due`` has
+Every ``notices_s`` it sends the notices that have gathered; once a second it visits the sessions whose ``due`` has
 come: pings, silence, bytes nobody takes, expired tokens.
 """
 
@@ -36,15 +36,25 @@ class Heartbeat:
     async def run(self) -> None:
         """Look after the sessions until cancelled."""
         next_sweep = trio.current_time() + SWEEP_S
+        next_notices = trio.current_time() + self._notices_s
         while True:
-            await trio.sleep(self._notices_s)
-            waiting, self._waiting = self._waiting, set()
-            for session in waiting:
-                session.send_notices()
+            await trio.sleep_until(min(next_notices, next_sweep))
             now = trio.current_time()
+            if now >= next_notices:
+                next_notices = now + self._notices_s
+                self.send_notices()
             if now >= next_sweep:
                 next_sweep = now + SWEEP_S
                 self.sweep(now)
+
+    def send_notices(self) -> None:
+        """Send what has gathered; a session that raises ends alone."""
+        waiting, self._waiting = self._waiting, set()
+        for session in waiting:
+            try:
+                session.send_notices()
+            except Exception as error:  # the barrier around each connection
+                session.crash(error)
 
     def sweep(self, now: float) -> None:
         """Visit the sessions that are due; one that raises ends alone."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 import trio
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 ACCEPTS_PER_TURN: Final = 64
 """Connections accepted before other tasks run."""
 OVERFLOW: Final = 256
-"""Sockets beyond the connection cap that are still heard, so that they get their 503; more are closed unheard."""
+"""Sockets beyond the connection cap that are still heard, so that they get their 503; more are closed unheard. It is
+more than one address may have pending by default: silent sockets of one address leave places for the others."""
 NO_DESCRIPTOR_PAUSE_S: Final = 0.1
 """Out of descriptors or memory: give connections that end time to release some."""
 REFUSAL_LINGER_S: Final = 1.0
@@ -90,10 +92,12 @@ class Listener(Generic[C]):
         tls: ssl.SSLContext | None,
         handshake_timeout_s: float,
         max_connections: int,
+        max_pending_per_address: int,
         counters: Counters,
         log_refused: RateLimited,
         log_crash: RateLimited,
     ) -> None:
+        """``max_pending_per_address`` bounds an address's handshakes under way; 0 does not."""
         self._sock = sock
         self._handshake = handshake
         self._entry = entry
@@ -104,6 +108,8 @@ class Listener(Generic[C]):
         self._log_refused = log_refused
         self._log_crash = log_crash
         self._open = 0
+        self._max_pending = max_pending_per_address
+        self._pending: dict[str, int] = {}
 
     @property
     def port(self) -> int:
@@ -146,17 +152,44 @@ class Listener(Generic[C]):
                 sock.close()
                 continue
             sock.setblocking(False)
+            host = str(address[0])
+            pending = self._pending.get(host, 0)
+            if self._max_pending and pending >= self._max_pending:
+                self._turn_away(sock)
+                continue
+            self._pending[host] = pending + 1
             self._open += 1
-            nursery.start_soon(self._connection, sock, str(address[0]))
+            nursery.start_soon(self._connection, sock, host)
         return False
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        """Answer 429 without a task: too many of this address's handshakes are under way."""
+        refusal = refusals.TOO_MANY_ATTEMPTS
+        self._counters.handshakes[refusal.code] += 1
+        with suppress(OSError):
+            if self._tls is None:
+                sock.send(refusal_answer(refusal, refusal.retry_after_s))
+        sock.close()
+
+    def _settled(self, host: str) -> None:
+        """A handshake of this address has ended, one way or the other."""
+        self._pending[host] -= 1
+        if not self._pending[host]:
+            del self._pending[host]
 
     async def _connection(self, sock: socket.socket, address: str) -> None:
         """One connection from accept to close; nothing but cancellation gets out of here."""
         try:
             try:
-                if self._tls is not None:
-                    sock = self._wrap(sock, self._tls)
-                entered = await self._enter(sock, address)
+                try:
+                    if self._tls is not None:
+                        sock = self._wrap(sock, self._tls)
+                    entered = await self._enter(sock, address)
+                except OSError:  # wrapping a socket whose peer has gone already
+                    self._counters.handshakes["tls_failed"] += 1
+                    return
+                finally:
+                    self._settled(address)
                 if entered is None:
                     return
                 connection, first = entered

@@ -20,6 +20,7 @@ MAX_HEAD_BYTES: Final = 16_384
 MAX_LINE_BYTES: Final = 8_192
 MAX_TARGET_BYTES: Final = 8_192
 MAX_HEADERS: Final = 128
+_MAX_REQUEST_LINE_BYTES: Final = MAX_TARGET_BYTES + 64  # room for the method and the version
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}\Z")
@@ -79,21 +80,21 @@ def _bad(detail: str) -> Refused:
     return Refused(refusals.BAD_REQUEST, detail)
 
 
-def head_end(buffer: bytes | bytearray) -> int:
+def head_end(buffer: bytes | bytearray, seen: int = 0) -> int:
     """Where the head ends in ``buffer`` (after its empty line), or -1 while it has not arrived whole.
 
-    Raises Refused as soon as what is there breaks a limit or cannot become a head.
+    ``seen`` is how much of the buffer an earlier call has looked at: only the rest is searched, so that a head that
+    comes byte by byte costs no more than one that comes at once. Raises Refused as soon as what is there breaks a
+    limit or cannot become a head.
     """
-    end = buffer.find(b"\r\n\r\n")
+    end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
     stop = len(buffer) if end < 0 else end + 4
     if buffer and not 0x41 <= buffer[0] <= 0x5A:  # a method in capitals; a TLS record begins with 0x16
         raise _bad("not an HTTP request")
-    line_end = buffer.find(b"\r\n", 0, stop)
-    words = buffer[: line_end if line_end >= 0 else stop].split(b" ", 2)
-    if len(words) > 1 and len(words[1]) > MAX_TARGET_BYTES:
-        raise Refused(refusals.TARGET_TOO_LONG)
-    if _BARE_LF.search(buffer, 0, stop):
+    if _BARE_LF.search(buffer, seen, stop):
         raise _bad("bare line feed")
+    if stop > _MAX_REQUEST_LINE_BYTES and buffer.find(b"\r\n", 0, _MAX_REQUEST_LINE_BYTES) < 0:
+        raise Refused(refusals.TARGET_TOO_LONG)
     if stop > MAX_HEAD_BYTES:
         raise Refused(refusals.HEAD_TOO_LARGE)
     return -1 if end < 0 else end + 4
@@ -113,7 +114,8 @@ def parse(head: bytes) -> Request:
     host, port = _authority(authority)
     path, query = _target(target)
     if path == "/" and slash:  # an MT5 client that put the path into Host
-        path, _, query = (slash + host_path).partition("?")
+        path, _, host_query = (slash + host_path).partition("?")
+        query = query or host_query
     return Request(method, path, query, host, port, headers)
 
 

@@ -18,7 +18,7 @@ from gateway.core.envelope import foreign, identity_stamp, parse, tracing_stamp
 from gateway.core.ports import QueueFull
 from gateway.errors import NotAnEnvelope
 from gateway.ingress import frames
-from gateway.ingress.connection import OPEN, Connection
+from gateway.ingress.connection import ENDED, OPEN, Connection
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gateway.ingress.frames import Item
     from gateway.ingress.readiness import Readiness
     from gateway.refusals import Close
+    from gateway.telemetry.logging import RateLimited
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,13 @@ class SessionContext:
     ack_interval_ms: int
     reconnect_window_ms: int
     """``closing.reconnect_after_ms`` is drawn from 0 to this, so that clients do not all come back at once."""
+    leeway_s: float
+    """How long after its expiry a token still counts, as at the handshake."""
     notify: Callable[[Session], None]
     """Called when a session has something to say that may wait for ``ack_interval_ms``."""
-    on_crash: Callable[[Session, Exception], None]
+    log_refused: RateLimited
+    """Takes lines that clients cause: broken frames, dead letters."""
+    log_crash: RateLimited
 
 
 class Session(Connection):
@@ -92,10 +97,15 @@ class Session(Connection):
     # The way in
 
     def _take(self, items: list[Item]) -> None:
+        if self.state != OPEN and not self._takes_while_closing:
+            items = [item for item in items if item.__class__ is not bytes]
         if self._backlog is not None:
             self._backlog += items
             return
-        takes = self.state == OPEN or self._takes_while_closing
+        self._hand_over(items)
+
+    def _hand_over(self, items: list[Item]) -> None:
+        """Route messages that were accepted when they were read, whatever has become of the connection since."""
         principal = self.principal
         user_id, company_id, key = principal.user_id, principal.company_id, self._key
         lanes = self._lanes
@@ -106,9 +116,10 @@ class Session(Connection):
         # whatever raises, takes `_route` from the beginning. bench/micro.py has the gain.
         for item in rest:
             if item.__class__ is not bytes:
+                alive = self.state != ENDED
                 self._event(item)
-                continue
-            if not takes:
+                if alive and self.state == ENDED:
+                    return  # RFC 6455 7.1.7: nothing behind what failed the connection is processed
                 continue
             try:
                 envelope = MessageEnvelope.FromString(item)
@@ -162,6 +173,7 @@ class Session(Connection):
     def _reject(self, raw: bytes, reason: str) -> None:
         self._context.egress.dead_letter(self, raw, reason)
         self.received += 1
+        self._log(self._context.log_refused, "message refused", reason=reason)
         if self.subprotocol is not None:
             if self._rejections is None:
                 self._rejections = {}
@@ -172,9 +184,14 @@ class Session(Connection):
     def resume(self) -> None:
         backlog, self._backlog = self._backlog, None
         if backlog is not None:
-            self._take(backlog)
+            self._hand_over(backlog)
             if self._backlog is None:
                 self._wake()
+
+    @property
+    def abandoned(self) -> int:
+        """Messages that were read and could not be handed over before the end."""
+        return sum(item.__class__ is bytes for item in self._backlog or ())
 
     async def _settle(self) -> None:
         while self._backlog is not None:
@@ -186,7 +203,7 @@ class Session(Connection):
 
     # What the client is told
 
-    def _start(self, first: bytes) -> None:
+    def _greet(self) -> None:
         if self.subprotocol is not None:
             limits = self._limits
             self._tell(
@@ -198,7 +215,6 @@ class Session(Connection):
                     ack_interval_ms=self._context.ack_interval_ms,
                 )
             )
-        super()._start(first)
 
     def _tell(self, message: dict[str, object]) -> None:
         if self.subprotocol is None:
@@ -224,12 +240,20 @@ class Session(Connection):
     # Looked after by Heartbeat
 
     def tick(self, now: float) -> None:
-        remaining_s = self.principal.expires_at - time.time()
+        remaining_s = self.principal.expires_at + self._context.leeway_s - time.time()
         if remaining_s <= 0:
             self.close(refusals.CLOSE_TOKEN_EXPIRED)
             return
         super().tick(now)
         self.due = min(self.due, now + remaining_s)
 
+    # What the log is told
+
+    def _log_failure(self, close: Close, detail: str) -> None:
+        self._log(self._context.log_refused, "connection failed", code=close.code, detail=detail)
+
     def _log_crash(self, error: Exception) -> None:
-        self._context.on_crash(self, error)
+        self._log(self._context.log_crash, "session crashed", exc_info=error)
+
+    def _log(self, write: RateLimited, event: str, **fields: object) -> None:
+        write(event, connection=self.connection_id, user_id=self.principal.user_id, **fields)

@@ -32,6 +32,8 @@ class Sessions:
         self._counters = counters
         self._sessions: set[Session] = set()
         self._empty: trio.Event | None = None
+        self.abandoned = 0
+        """Messages of sessions that were cut off with something read and not handed over."""
         # Unique over restarts and over processes on one port, and short: it is in every dead letter.
         self._prefix = secrets.token_hex(4)
         self._numbers = itertools.count(1)
@@ -63,6 +65,7 @@ class Sessions:
         self._admission.leave()
         self._books.close(session.principal.company_id)
         self._counters.closes[session.outcome] += 1
+        self.abandoned += session.abandoned
         if self._empty is not None and not self._sessions:
             self._empty.set()
 

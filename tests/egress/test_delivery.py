@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from confluent_kafka import KafkaError, KafkaException
 
 from bench.kafka import create_topics
 from gateway import refusals
@@ -204,3 +205,50 @@ async def test_missing_topic_is_named_and_found_when_it_is_created(apache_broker
             await trio.sleep(0.2)
     assert not side.producer.missing_topics
     assert side.producer.up
+
+
+async def test_dead_letter_topic_that_refuses_at_once_costs_the_message_and_nothing_else(
+    embedded_broker: Broker, make_side: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = make_side(embedded_broker.bootstrap_servers, **{"message.max.bytes": 2000})
+
+    def denied(*_: object) -> None:
+        raise KafkaException(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
+
+    monkeypatch.setattr(side.producer, "produce_with_headers", denied)
+    side.delivery.dead_letter(Sender(), b"broken", refusals.REASON_NOT_AN_ENVELOPE)
+    side.send(b"r" * 1500, b"s" * 1000)
+    await settle(side)
+    totals = side.books.totals()
+    assert (totals.received, totals.dropped, totals.in_flight, totals.imbalance) == (2, 2, 0, 0)
+    assert side.counters.drops[refusals.DROP_DEAD_LETTER_REFUSED] == 2
+    assert [event for event, _ in side.lines].count("dead letter refused") == 2
+
+
+async def test_fatal_producer_error_is_noted_once_and_does_not_raise(embedded_broker: Broker, make_side: Make) -> None:
+    side = make_side(embedded_broker.bootstrap_servers)
+    fatal: list[str] = []
+    side.producer.on_fatal = lambda: fatal.append(side.producer.fatal)
+    librdkafka_fails_for_good(side.producer)
+    with trio.fail_after(10):
+        while not fatal:
+            side.producer.poll()
+            await trio.sleep(0.01)
+    side.producer.poll()
+    assert len(fatal) == 1
+    assert "fenced" in fatal[0]
+    assert not side.producer.up
+
+
+def librdkafka_fails_for_good(producer: KafkaProducer) -> None:
+    """Stands in for a fenced producer: confluent-kafka raises out of poll() then."""
+    real = producer._producer
+
+    class Fenced:
+        def __len__(self) -> int:
+            return len(real)
+
+        def poll(self, timeout: float) -> int:
+            raise KafkaException(KafkaError(KafkaError._FATAL, "Fatal error: fenced", fatal=True))
+
+    producer._producer = Fenced()  # type: ignore[assignment]  # what it raises is the test

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import trio
+import trio.lowlevel
 
 from gateway.ingress.readiness import Readiness
 
@@ -144,6 +145,28 @@ async def test_a_connection_that_wants_to_write_is_flushed_once(
     await first.seen.wait()
     await trio.testing.wait_all_tasks_blocked(0.02)
     assert journal == ["first flushed"]
+
+
+async def test_other_tasks_run_between_connections_that_take_long(
+    pair: tuple[Readiness, Reader, Reader], journal: list[str], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first, second = pair
+    monkeypatch.setattr("gateway.ingress.readiness.TURN_S", 0.0)
+
+    async def other() -> None:
+        while True:
+            journal.append("other")
+            await trio.lowlevel.checkpoint()
+
+    first.peer.send(b"x")
+    second.peer.send(b"y")
+    nursery.start_soon(other)
+    await first.seen.wait()
+    await second.seen.wait()
+    nursery.cancel_scope.cancel()
+    fed = [index for index, entry in enumerate(journal) if entry != "other"]
+    assert len(fed) == 2
+    assert "other" in journal[fed[0] : fed[1]], "one turn fed both"
 
 
 async def test_removed_connections_are_forgotten(pair: tuple[Readiness, Reader, Reader], journal: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -30,6 +31,34 @@ def test_a_head_is_read() -> None:
 def test_the_end_is_found_only_when_it_is_there(cut: int) -> None:
     assert request.head_end(HEAD[:cut]) == -1
     assert request.head_end(HEAD + b"rest") == len(HEAD)
+
+
+@given(st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"a", b"G", b": "]), max_size=40), st.data())
+def test_looking_only_at_what_is_new_finds_the_same(parts: list[bytes], data: st.DataObject) -> None:
+    stream = b"GET /" + b"".join(parts)
+
+    def outcome(pieces: list[bytes]) -> object:
+        buffer = b""
+        for piece in pieces:
+            seen, buffer = len(buffer), buffer + piece
+            try:
+                end = request.head_end(buffer, seen)
+            except Refused as refused:
+                return refused.refusal
+            if end >= 0:
+                return end
+        return -1
+
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
+    pieces = [stream[start:stop] for start, stop in pairwise([0, *cuts, len(stream)])]
+    assert outcome(pieces) == outcome([stream[index : index + 1] for index in range(len(stream))])
+
+
+def test_a_path_in_the_host_keeps_the_query_of_the_target() -> None:
+    parsed = request.parse(b"GET /?account=7 HTTP/1.1\r\nHost: a:1/ws/mt5\r\n\r\n")
+    assert (parsed.path, parsed.query) == ("/ws/mt5", "account=7")
+    parsed = request.parse(b"GET / HTTP/1.1\r\nHost: a:1/ws/mt5?account=8\r\n\r\n")
+    assert (parsed.path, parsed.query) == ("/ws/mt5", "account=8")
 
 
 @given(st.binary(max_size=2000))

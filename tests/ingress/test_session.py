@@ -20,6 +20,7 @@ from gateway.core.principal import Principal
 from gateway.ingress.connection import ConnectionLimits
 from gateway.ingress.readiness import Readiness
 from gateway.ingress.session import Session, SessionContext
+from gateway.telemetry.logging import RateLimited
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from tests.rawclient import frame
 
@@ -92,6 +93,7 @@ class World:
         self.egress = egress
         self.readiness = readiness
         self.crashes: list[Exception] = []
+        self.lines: list[dict[str, Any]] = []
         self.done = trio.Event()
 
 
@@ -109,7 +111,9 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
         ack_interval_ms=200,
         reconnect_window_ms=1000,
         notify=lambda session: session.send_notices(),
-        on_crash=lambda session, error: made[0].crashes.append(error),
+        leeway_s=0.0,
+        log_refused=RateLimited(lambda event, **fields: made[0].lines.append(fields), trio.current_time),
+        log_crash=RateLimited(lambda event, **fields: made[0].crashes.append(fields["exc_info"]), trio.current_time),
     )
     session = Session(
         ours,
@@ -191,6 +195,49 @@ async def test_connection_that_ends_while_stalled_still_hands_everything_over() 
         await it.done.wait()
         assert it.egress.sent == [tick(0), tick(1)]
         assert it.session.outcome == "peer_closed"
+
+
+async def test_connection_that_is_closed_while_stalled_still_hands_over_what_was_read() -> None:
+    async with world() as it:
+        it.egress.room = 1
+        await it.peer.send_all(b"".join(frame(0x2, tick(number)) for number in range(5)))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        it.session.close(refusals.CLOSE_TOKEN_EXPIRED)
+        it.egress.room = 10
+        it.readiness.resume()
+        await it.done.wait()
+        assert it.egress.sent == [tick(number) for number in range(5)]
+
+
+async def test_connection_that_is_cut_off_while_stalled_counts_what_it_could_not_hand_over() -> None:
+    async with world() as it:
+        it.egress.room = 1
+        await it.peer.send_all(b"".join(frame(0x2, tick(number)) for number in range(5)))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+    it.egress.room = 10
+    it.readiness.resume()
+    assert it.egress.sent == [tick(0)], "it has left"
+    assert it.session.abandoned == 4
+
+
+async def test_bytes_that_the_peer_takes_during_a_pause_do_not_make_it_a_stalled_peer() -> None:
+    async with world() as it:
+        it.readiness.pause()
+        it.session._outbox = bytearray(b"waiting")
+        it.session._unsent_since = trio.current_time() - 60
+        it.session.tick(trio.current_time())
+        assert await it.peer.receive_some() == b"waiting"
+        assert it.session.state == 0
+
+
+async def test_messages_behind_a_control_flood_are_not_processed() -> None:
+    async with world() as it:
+        await it.peer.send_all(frame(0x2, tick(0)) + frame(0x9) * 21 + frame(0x2, tick(1)))
+        await it.peer.send_eof()
+        await it.done.wait()
+        assert it.egress.sent == [tick(0)]
+        assert it.session.outcome == "control_flood"
+        assert it.lines[0]["code"] == 1008
 
 
 async def test_bug_in_handling_a_message_closes_that_connection_with_1011() -> None:
