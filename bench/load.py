@@ -114,22 +114,26 @@ class Client:
             STAMP.pack_into(self.frame, offset, now, self.index, number)
             number += 1
         self.number = number
-        if self.waiting:
-            self.waiting += self.frame
-            return len(self.offsets)
-        try:
-            sent = self.sock.send(self.frame)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(self.frame):
-            self.waiting += self.frame[sent:]
+        self.write(self.frame)
         return len(self.offsets)
+
+    def write(self, data: bytes | bytearray) -> None:
+        """Send, or keep behind what waits."""
+        if self.waiting:
+            self.waiting += data
+            return
+        try:
+            sent = self.sock.send(data)
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            sent = 0
+        if sent < len(data):
+            self.waiting += data[sent:]
 
     def flush(self) -> None:
         """Send what waits."""
         try:
             del self.waiting[: self.sock.send(self.waiting)]
-        except BlockingIOError:
+        except (BlockingIOError, ssl.SSLWantWriteError):
             return
 
 
@@ -158,8 +162,8 @@ class Load:
             if not data:
                 self.closed += 1
                 self._epoll.unregister(fd)
-            elif data[0] == 0x89 and not client.waiting:
-                client.sock.send(_EMPTY_PONG)
+            elif data[0] == 0x89:
+                client.write(_EMPTY_PONG)
 
     def paced(self, rate: float, seconds: float) -> int:
         """Send ``rate`` messages a second from each client, evenly spread; returns how many."""
