@@ -1,8 +1,8 @@
 """Cumulative acknowledgement: how many of a connection's first messages are settled.
 
 Reports come in any order when several topics are involved. Messages are numbered from 1 in the order they were taken;
-`settled` is the largest n such that messages 1 to n all are. What is settled beyond a gap waits in ``_ahead``, which holds
-at most as many numbers as are in flight.
+`settled` is the largest n such that messages 1 to n all are. What is settled beyond a gap waits in ``_ahead``, which
+holds at most as many numbers as are in flight.
 """
 
 from __future__ import annotations

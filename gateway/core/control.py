@@ -46,6 +46,11 @@ def welcome(
     }
 
 
+def ack(count: int) -> dict[str, Any]:
+    """The first ``count`` messages of the connection are settled."""
+    return {"type": "ack", "count": count}
+
+
 def rejected(count: int, reason: str, last: int) -> dict[str, Any]:
     """``count`` messages were refused for ``reason``; ``last`` is the index, from 1, of the last of them."""
     return {"type": "rejected", "count": count, "reason": reason, "last": last}

@@ -28,18 +28,32 @@ class Origin(Protocol):
     @property
     def path(self) -> str: ...
 
+    def settle(self, index: int, /) -> None:
+        """Message ``index`` of this connection is in its topic or in the dead-letter topic; 0 is nobody's."""
 
-class Lane(Protocol):
+    def note_rejected(self, reason: str, index: int, /) -> None:
+        """Message ``index`` of this connection has become a dead letter."""
+
+
+class Reporting(Protocol):
+    """Takes Kafka's report on a record."""
+
+    def on_delivery(self, error: Any, message: Any, /) -> None:
+        """What the producer calls with (error, message) when Kafka has answered."""
+
+
+class Lane(Reporting, Protocol):
     """One connection's messages of one type on their way to one topic.
 
-    ``on_delivery`` is what the producer calls with (error, message) when Kafka has answered; it moves the
-    message from ``tally.in_flight`` to its outcome.
+    A report moves the message from ``tally.in_flight`` to its outcome. The lane's own is for records sent as they were
+    received by a connection that wants no acks.
     """
 
     topic: str
     tally: Tally
 
-    def on_delivery(self, error: Any, message: Any, /) -> None: ...
+    def report(self, original: bytes | None, index: int, /) -> Reporting:
+        """The report of a message that was stamped (``original``) or that its client counts (``index``)."""
 
 
 class Egress(Protocol):
@@ -59,8 +73,11 @@ class Egress(Protocol):
     def lane(self, origin: Origin, message_type: str) -> Lane | None:
         """The lane for a message type, None when it has no route."""
 
-    def send(self, lane: Lane, origin: Origin, raw: bytes, stamp: bytes) -> None:
-        """Queue ``raw + stamp`` and count it; what Kafka can never take becomes a dead letter. Raises QueueFull."""
+    def send(self, lane: Lane, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
+        """Queue ``raw + stamp`` and count it; what Kafka can never take becomes a dead letter. Raises QueueFull.
 
-    def dead_letter(self, origin: Origin, raw: bytes, reason: str) -> None:
+        ``index`` is the message's number for `Origin.settle`, 0 where the client does not count.
+        """
+
+    def dead_letter(self, origin: Origin, raw: bytes, reason: str, index: int) -> None:
         """Queue ``raw`` for the dead-letter topic and count it. Raises QueueFull."""

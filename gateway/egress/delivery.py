@@ -51,7 +51,7 @@ class Lane:
         self.tally = tally
 
     def on_delivery(self, error: Any, message: Any) -> None:
-        """Kafka's report on one record that was sent as received."""
+        """Kafka's report on one record that was sent as received and that nobody wants to be told of."""
         # hot: once a message; ints only, the rest sampled
         if error is None:
             tally = self.tally
@@ -61,14 +61,59 @@ class Lane:
             if not tally.delivered & SAMPLE_MASK:
                 self._delivery.observe(message.latency())
         else:
-            self._delivery.failed(self._origin, self.tally, error, message, message.value())
+            self.report(None, 0).on_delivery(error, message)
 
-    def on_stamped_delivery(self, original: bytes, error: Any, message: Any) -> None:
-        """Kafka's report on one record that was stamped; ``original`` is what the client sent."""
-        if error is None:
-            self.on_delivery(None, message)
-        else:
-            self._delivery.failed(self._origin, self.tally, error, message, original)
+    def report(self, original: bytes | None, index: int) -> Report:
+        """What remembers more of one message: its bytes as received, where they were stamped, and its number."""
+        return Report(self._delivery, self._origin, self.tally, original, index)
+
+
+class Report:
+    """One message on its way, with what is needed when it is refused, and when it is settled.
+
+    ``original`` is the message as received, None where the record holds it; ``index`` its number in its connection,
+    0 where nobody counts.
+    """
+
+    __slots__ = ("_delivery", "index", "origin", "original", "tally")
+
+    def __init__(self, delivery: Delivery, origin: Origin, tally: Tally, original: bytes | None, index: int) -> None:
+        self._delivery = delivery
+        self.origin = origin
+        self.tally = tally
+        self.original = original
+        self.index = index
+
+    def on_delivery(self, error: Any, message: Any) -> None:
+        """Kafka's report on the record."""
+        if error is not None:
+            if self.original is None:
+                self.original = message.value()
+            self._delivery.failed(self, error, message)
+            return
+        tally = self.tally
+        tally.in_flight -= 1
+        tally.delivered += 1
+        tally.delivered_bytes += len(message)
+        if not tally.delivered & SAMPLE_MASK:
+            self._delivery.observe(message.latency())
+        self.origin.settle(self.index)
+
+    def on_dead_letter(self, error: Any, message: Any) -> None:
+        """Kafka's report on the dead letter."""
+        if error is not None:
+            self._delivery.dead_letter_failed(self, error)
+            return
+        tally = self.tally
+        tally.in_flight -= 1
+        tally.dead_lettered += 1
+        tally.dead_lettered_bytes += self.size
+        self.origin.settle(self.index)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the message as received."""
+        return len(self.original or b"")
 
 
 class Delivery:
@@ -104,24 +149,25 @@ class Delivery:
             return None
         return Lane(self, origin, topic, self._books.tally(origin.principal.company_id, message_type))
 
-    def send(self, lane: LanePort, origin: Origin, raw: bytes, stamp: bytes) -> None:
+    def send(self, lane: LanePort, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
         """Queue ``raw + stamp`` and count it. Raises QueueFull."""
-        assert isinstance(lane, Lane)  # noqa: S101  # the only lanes there are
-        report = partial(lane.on_stamped_delivery, raw) if stamp else lane.on_delivery
+        report = lane.report(raw if stamp else None, index) if stamp or index else lane
         try:
-            self.produce(lane.topic, raw + stamp, origin.principal.user_id.encode(), -1, report)
+            self.produce(lane.topic, raw + stamp, origin.principal.user_id.encode(), -1, report.on_delivery)
         except BufferError:
             self._producer.note_full()
             raise QueueFull from None
         except KafkaException as error:
             self._log_refused("record refused", topic=lane.topic, error=str(error), path=origin.path)
-            self._queue_dead_letter(origin, lane.tally, raw, refusals.REASON_KAFKA_REFUSED, time.time())
+            self._queue_dead_letter(
+                Report(self, origin, lane.tally, raw, index), refusals.REASON_KAFKA_REFUSED, time.time()
+            )
         _count_received(lane.tally, raw)
 
-    def dead_letter(self, origin: Origin, raw: bytes, reason: str) -> None:
+    def dead_letter(self, origin: Origin, raw: bytes, reason: str, index: int) -> None:
         """Queue ``raw`` for the dead-letter topic and count it. Raises QueueFull."""
         tally = self._books.tally(origin.principal.company_id, UNKNOWN_TYPE)
-        self._queue_dead_letter(origin, tally, raw, reason, time.time())
+        self._queue_dead_letter(Report(self, origin, tally, raw, index), reason, time.time())
         _count_received(tally, raw)
 
     # Kafka's reports
@@ -131,16 +177,22 @@ class Delivery:
         if latency_s is not None:
             self._counters.delivery_s.observe(latency_s, SAMPLE_MASK + 1)
 
-    def failed(self, origin: Origin, tally: Tally, error: Any, message: Any, original: bytes) -> None:
+    def failed(self, report: Report, error: Any, message: Any) -> None:
         """A record is refused for good: make it a dead letter, or drop it when the producer was purged."""
         if error.code() in _PURGED:
-            self._drop(tally, original, refusals.DROP_DRAIN_TIMEOUT)
+            self._drop(report, refusals.DROP_DRAIN_TIMEOUT)
             return
-        self._log_refused("record refused", topic=message.topic(), error=error.str(), path=origin.path)
+        self._log_refused("record refused", topic=message.topic(), error=error.str(), path=report.origin.path)
         received_at = time.time() - (message.latency() or 0.0)
-        self._or_later(
-            partial(self._queue_dead_letter, origin, tally, original, refusals.REASON_KAFKA_REFUSED, received_at)
-        )
+        self._or_later(partial(self._queue_dead_letter, report, refusals.REASON_KAFKA_REFUSED, received_at))
+
+    def dead_letter_failed(self, report: Report, error: Any) -> None:
+        """A dead letter is refused too, or purged: the message is dropped."""
+        if error.code() in _PURGED:
+            self._drop(report, refusals.DROP_DRAIN_TIMEOUT)
+            return
+        self._log_refused("dead letter refused", topic=self.routes.dead_letter, error=error.str())
+        self._drop(report, refusals.DROP_DEAD_LETTER_REFUSED)
 
     def retry_deferred(self) -> None:
         """Queue the dead letters that found no room while reports were being read."""
@@ -153,13 +205,14 @@ class Delivery:
         except QueueFull:  # bounded by what was in flight: each failed record made room for its dead letter
             self._deferred.append(queue)
 
-    def _queue_dead_letter(self, origin: Origin, tally: Tally, raw: bytes, reason: str, received_at: float) -> None:
+    def _queue_dead_letter(self, report: Report, reason: str, received_at: float) -> None:
+        origin = report.origin
         try:
             self._producer.produce_with_headers(
                 self.routes.dead_letter,
-                raw,
+                report.original or b"",
                 origin.principal.user_id.encode(),
-                partial(self._dead_letter_reported, tally, raw),
+                report.on_dead_letter,
                 headers(origin, reason, received_at, self._gateway),
             )
         except BufferError:
@@ -167,27 +220,20 @@ class Delivery:
             raise QueueFull from None
         except KafkaException as error:
             self._log_refused("dead letter refused", topic=self.routes.dead_letter, error=str(error))
-            self._drop(tally, raw, refusals.DROP_DEAD_LETTER_REFUSED)
+            self._drop(report, refusals.DROP_DEAD_LETTER_REFUSED)
             return
         self._counters.dead_letters[reason] += 1
+        origin.note_rejected(reason, report.index)
 
-    def _dead_letter_reported(self, tally: Tally, raw: bytes, error: Any, message: Any) -> None:
-        if error is None:
-            tally.in_flight -= 1
-            tally.dead_lettered += 1
-            tally.dead_lettered_bytes += len(raw)
-            return
-        if error.code() in _PURGED:
-            self._drop(tally, raw, refusals.DROP_DRAIN_TIMEOUT)
-            return
-        self._log_refused("dead letter refused", topic=message.topic(), error=error.str())
-        self._drop(tally, raw, refusals.DROP_DEAD_LETTER_REFUSED)
+    def _drop(self, report: Report, reason: str) -> None:
+        """Give a message up. It counts as in flight before, or is about to be counted by the caller.
 
-    def _drop(self, tally: Tally, raw: bytes, reason: str) -> None:
-        """Give a message up. It counts as in flight before, or is about to be counted by the caller."""
+        It is not settled: its client has no ack for it and sends it again.
+        """
+        tally = report.tally
         tally.in_flight -= 1
         tally.dropped += 1
-        tally.dropped_bytes += len(raw)
+        tally.dropped_bytes += report.size
         self._counters.drops[reason] += 1
 
 

@@ -130,6 +130,9 @@ class Connection:
         """Say that handling this connection's input raised."""
         raise NotImplementedError
 
+    def _last_words(self) -> None:
+        """Say what has gathered, before any close frame is sent; by default nothing."""
+
     def _announce(self, close: Close, reason: str) -> None:
         """Say in the connection's own language that it is about to be closed; by default nothing."""
 
@@ -216,6 +219,7 @@ class Connection:
         """Start the close handshake; ``take_rest`` still takes what the peer sent before it answers."""
         if self.state != OPEN:
             return
+        self._last_words()
         self._announce(close, close.reason)
         self._write(frames.encode_close(close.code, close.reason))
         if self.state == OPEN:  # the write may have ended it
@@ -227,6 +231,7 @@ class Connection:
     def fail(self, close: Close, detail: str = "") -> None:
         """Fail the connection (RFC 6455 7.1.7): close frame, then nothing the peer sends matters."""
         if self.state == OPEN:
+            self._last_words()
             self._announce(close, detail or close.reason)
             self._write(frames.encode_close(close.code, detail or close.reason))
         self._end(close.name)
@@ -247,6 +252,7 @@ class Connection:
             self.fail(item.close, item.detail)
         elif isinstance(item, PeerClose):
             if self.state == OPEN:  # RFC 6455 5.5.1: answer with the code received
+                self._last_words()
                 self._write(frames.encode_close(item.code))
             self._end("peer_closed")
         elif isinstance(item, Ping | Pong):

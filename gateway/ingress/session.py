@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from gateway import refusals
 from gateway.core import control
+from gateway.core.acks import Acks
 from gateway.core.envelope import foreign, identity_stamp, parse, tracing_stamp
 from gateway.core.ports import QueueFull
 from gateway.errors import NotAnEnvelope
@@ -57,6 +58,7 @@ class Session(Connection):
     """An authenticated connection; the `Origin` of what it hands over."""
 
     __slots__ = (
+        "_acks",
         "_backlog",
         "_context",
         "_key",
@@ -91,6 +93,7 @@ class Session(Connection):
         self.principal = principal
         self.path = path
         self.subprotocol = subprotocol if subprotocol in control.CONTROL_SUBPROTOCOLS else None
+        self._acks = Acks() if self.subprotocol is not None else None
         self.received = 0
         """Binary messages handed over so far: the index, from 1, of the last one."""
 
@@ -111,6 +114,7 @@ class Session(Connection):
         lanes = self._lanes
         egress = self._context.egress
         produce = egress.produce
+        acks = self._acks
         rest = iter(items)
         # hot: the plain case in one go, with locals for all that a message touches; whatever is not plain, and
         # whatever raises, takes `_route` from the beginning. bench/micro.py has the gain.
@@ -130,7 +134,8 @@ class Session(Connection):
                     and envelope.company_id == company_id
                     and not envelope.enable_tracing
                 ):
-                    produce(lane.topic, item, key, -1, lane.on_delivery)
+                    report = lane if acks is None else lane.report(None, self.received + 1)
+                    produce(lane.topic, item, key, -1, report.on_delivery)
                     tally = lane.tally
                     tally.received += 1
                     tally.received_bytes += len(item)
@@ -167,18 +172,32 @@ class Session(Connection):
         stamp = identity_stamp(envelope, principal)
         if envelope.enable_tracing and not envelope.correlation_id:
             stamp += tracing_stamp(f"{self.connection_id}-{self.received + 1}")
-        egress.send(lane, self, raw, stamp)
+        egress.send(lane, self, raw, stamp, self._next_index())
         self.received += 1
 
     def _reject(self, raw: bytes, reason: str) -> None:
-        self._context.egress.dead_letter(self, raw, reason)
+        self._context.egress.dead_letter(self, raw, reason, self._next_index())
         self.received += 1
         self._log(self._context.log_refused, "message refused", reason=reason)
-        if self.subprotocol is not None:
+
+    def _next_index(self) -> int:
+        """The number of the message at hand, 0 for a client that is told nothing."""
+        return 0 if self._acks is None else self.received + 1
+
+    # What becomes of it (the Origin port)
+
+    def settle(self, index: int) -> None:
+        """Message ``index`` is in its topic or a dead letter."""
+        if self._acks is not None and self._acks.settle(index):
+            self._context.notify(self)
+
+    def note_rejected(self, reason: str, index: int) -> None:
+        """Message ``index`` has become a dead letter."""
+        if self._acks is not None:
             if self._rejections is None:
                 self._rejections = {}
-            count, _ = self._rejections.get(reason, (0, 0))
-            self._rejections[reason] = (count + 1, self.received)
+            count, last = self._rejections.get(reason, (0, 0))
+            self._rejections[reason] = (count + 1, max(last, index))
             self._context.notify(self)
 
     def resume(self) -> None:
@@ -230,10 +249,16 @@ class Session(Connection):
         rejections, self._rejections = self._rejections, None
         for reason, (count, last) in (rejections or {}).items():
             self._tell(control.rejected(count, reason, last))
+        acks = self._acks
+        if acks is not None and acks.settled > acks.told:
+            acks.told = acks.settled
+            self._tell(control.ack(acks.settled))
+
+    def _last_words(self) -> None:
+        self.send_notices()
 
     def _announce(self, close: Close, reason: str) -> None:
         if self.subprotocol is not None and self.state == OPEN:
-            self.send_notices()
             window_ms = self._context.reconnect_window_ms if close.retryable else 0
             self._tell(control.closing(close.code, reason, random.randint(0, window_ms)))  # noqa: S311  # jitter
 

@@ -31,6 +31,16 @@ class Sender:
     principal = Principal("alice", "acme", "pro", 0.0)
     path = "/ws/mt5"
 
+    def __init__(self) -> None:
+        self.settled: list[int] = []
+        self.rejected: list[tuple[str, int]] = []
+
+    def settle(self, index: int, /) -> None:
+        self.settled.append(index)
+
+    def note_rejected(self, reason: str, index: int, /) -> None:
+        self.rejected.append((reason, index))
+
 
 class Side:
     """The Kafka side on its own."""
@@ -50,10 +60,18 @@ class Side:
         )
         self.producer.after_poll = self.delivery.retry_deferred
 
-    def send(self, raw: bytes, stamp: bytes = b"", message_type: str = "tick_data") -> None:
-        lane = self.delivery.lane(Sender(), message_type)
+    def send(
+        self,
+        raw: bytes,
+        stamp: bytes = b"",
+        message_type: str = "tick_data",
+        index: int = 0,
+        sender: Sender | None = None,
+    ) -> None:
+        sender = sender or Sender()
+        lane = self.delivery.lane(sender, message_type)
         assert lane is not None
-        self.delivery.send(lane, Sender(), raw, stamp)
+        self.delivery.send(lane, sender, raw, stamp, index)
 
 
 Make = Callable[..., Side]
@@ -105,10 +123,24 @@ async def test_stamped_messages_arrive_with_their_stamp(broker: Broker, make_sid
         assert records.take(1, key="alice")[0].value() == b"raw+stamp"
 
 
+async def test_every_counted_message_is_settled_once_whatever_its_way(broker: Broker, make_side: Make) -> None:
+    side = make_side(broker.bootstrap_servers, **{"message.max.bytes": 2000})
+    sender = Sender()
+    side.send(b"plain", index=1, sender=sender)
+    side.send(b"stamped", b"+stamp", index=2, sender=sender)
+    side.send(b"r" * 1500, b"s" * 1000, index=3, sender=sender)
+    side.delivery.dead_letter(sender, b"broken", refusals.REASON_NOT_AN_ENVELOPE, 4)
+    side.send(b"elsewhere", message_type="user_event", index=5, sender=sender)
+    assert sender.settled == [], "nothing is settled before Kafka has answered"
+    await settle(side)
+    assert sorted(sender.settled) == [1, 2, 3, 4, 5]
+    assert sender.rejected == [(refusals.REASON_KAFKA_REFUSED, 3), (refusals.REASON_NOT_AN_ENVELOPE, 4)]
+
+
 async def test_dead_letters_carry_their_reason(broker: Broker, make_side: Make) -> None:
     side = make_side(broker.bootstrap_servers)
     with Records(broker.bootstrap_servers, "failed-messages") as records:
-        side.delivery.dead_letter(Sender(), b"broken", refusals.REASON_NOT_AN_ENVELOPE)
+        side.delivery.dead_letter(Sender(), b"broken", refusals.REASON_NOT_AN_ENVELOPE, 0)
         await settle(side)
         record = records.take(1, key="alice")[0]
     assert record.value() == b"broken"
@@ -142,7 +174,7 @@ async def test_full_queue_raises_and_room_is_announced(broker: Broker, make_side
     assert taken == 10
     assert side.producer.full
     with pytest.raises(QueueFull):
-        side.delivery.dead_letter(Sender(), b"x", refusals.REASON_UNKNOWN_TYPE)
+        side.delivery.dead_letter(Sender(), b"x", refusals.REASON_UNKNOWN_TYPE, 0)
     assert side.counters.pauses == 1
     await settle(side)
     side.producer.poll()
@@ -156,13 +188,15 @@ async def test_unreachable_kafka_is_not_reached_and_a_flush_ends_in_time(make_si
     side = make_side("127.0.0.1:1")
     assert not await side.producer.check_topics(["tick-data"])
     assert not side.producer.up
-    side.send(b"never")
+    sender = Sender()
+    side.send(b"never", index=1, sender=sender)
     with trio.fail_after(5):
         assert await side.producer.flush(0.3) == 1
     await side.producer.purge()
     totals = side.books.totals()
     assert (totals.dropped, totals.in_flight, totals.imbalance) == (1, 0, 0)
     assert side.counters.drops[refusals.DROP_DRAIN_TIMEOUT] == 1
+    assert sender.settled == [], "what is dropped is never acked"
 
 
 async def test_bad_property_is_named(make_side: Make) -> None:
@@ -216,7 +250,7 @@ async def test_dead_letter_topic_that_refuses_at_once_costs_the_message_and_noth
         raise KafkaException(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
 
     monkeypatch.setattr(side.producer, "produce_with_headers", denied)
-    side.delivery.dead_letter(Sender(), b"broken", refusals.REASON_NOT_AN_ENVELOPE)
+    side.delivery.dead_letter(Sender(), b"broken", refusals.REASON_NOT_AN_ENVELOPE, 0)
     side.send(b"r" * 1500, b"s" * 1000)
     await settle(side)
     totals = side.books.totals()

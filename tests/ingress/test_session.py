@@ -43,6 +43,9 @@ class ScriptedLane:
     def on_delivery(self, error: Any, message: Any, /) -> None:
         """Never called: nothing is really sent."""
 
+    def report(self, original: bytes | None, index: int, /) -> ScriptedLane:
+        return self
+
 
 class ScriptedEgress:
     """Takes ``room`` messages, then has none; raises ``bug`` when there is one."""
@@ -70,13 +73,13 @@ class ScriptedEgress:
     def lane(self, origin: Any, message_type: str) -> ScriptedLane | None:
         return ScriptedLane("tick-data") if message_type == "tick_data" else None
 
-    def send(self, lane: Any, origin: Any, raw: bytes, stamp: bytes) -> None:
+    def send(self, lane: Any, origin: Any, raw: bytes, stamp: bytes, index: int) -> None:
         try:
             self.produce(lane.topic, raw + stamp, b"", -1, lane.on_delivery)
         except BufferError:
             raise QueueFull from None
 
-    def dead_letter(self, origin: Any, raw: bytes, reason: str) -> None:
+    def dead_letter(self, origin: Any, raw: bytes, reason: str, index: int) -> None:
         if not self.room:
             raise QueueFull
         self.room -= 1
