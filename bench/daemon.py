@@ -89,14 +89,22 @@ class Daemon:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._release()
+        if self._directory is not None:
+            self._directory.cleanup()
+
+    def kill(self) -> None:
+        """End the process at once, as a crash would."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+
+    def _release(self) -> None:
+        self.kill()
+        if self.process is not None:
             self._reader.join()
             if self.process.stdout is not None:
                 self.process.stdout.close()
-        if self._directory is not None:
-            self._directory.cleanup()
 
     def write_config(self, settings: dict[str, Any]) -> Path:
         """Write dotted settings as the daemon's TOML file."""
@@ -115,7 +123,9 @@ class Daemon:
         self.write_config(self._settings)
 
     def start(self) -> None:
-        """Start the process and wait for its addresses, and for its readiness unless told not to."""
+        """Start the process, again if it has ended; wait for its addresses, and its readiness unless told not to."""
+        self._release()
+        self._lines = queue.Queue()
         command = [sys.executable, "-m", "gateway", "serve", "--config", str(self.home / "gateway.toml")]
         if self._embedded:
             command.append("--embedded-kafka")
@@ -130,7 +140,7 @@ class Daemon:
                 text=True,
                 env={**os.environ, **self._environment},
             )
-        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(self.process, self._lines), daemon=True)
         self._reader.start()
         self.url = self._expect("listening on ")
         self.sidecar = self._expect("sidecar on ")
@@ -138,11 +148,12 @@ class Daemon:
         if self._wait_ready:
             self.wait_ready()
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
+    @staticmethod
+    def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
+            lines.put(line)
+        lines.put(None)
 
     def _expect(self, what: str) -> str:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 TOPIC_CHECK_PAUSE_S: Final = 1.0
 """Between asking a Kafka that has not answered, or lacks a topic."""
 LAG_PROBE_S: Final = 0.1
+DEGRADED_S: Final = 1.0
+"""A pause of reading that lasts this long is told to clients; a full queue in passing is not."""
+NOTICE_S: Final = 0.3
+"""How long a closing notice has to reach its client, and what the client sent before it to reach the gateway."""
+SETTLE_S: Final = 2.0
+"""How long a drain waits for Kafka's answers before it closes: what is answered by then is acked and not sent again."""
 ROUTING_SAMPLE_MASK: Final = 15
 """One turn in 16 goes into the routing histogram."""
 _RESTART_ONLY: Final = ("listen", "session", "kafka", "sidecar", "drain")
@@ -80,6 +86,7 @@ class Gateway:
         self._books = Books()
         self._bootstrap_servers = bootstrap_servers or settings.kafka.bootstrap_servers
         self._routes_changed = trio.Event()
+        self._degraded = False
         self.lost = 0
         """Messages given up by the drain or a hard stop."""
         self.failed = False
@@ -125,7 +132,7 @@ class Gateway:
         )
         self._readiness = Readiness()
         self._readiness.timing = self._time_turn
-        self._producer.on_room = self._readiness.resume
+        self._producer.on_room = self._resume
         self._producer.on_fatal = self._fail
         self._sessions = Sessions(
             SessionContext(
@@ -152,8 +159,22 @@ class Gateway:
             self._counters,
         )
         self._heartbeat = Heartbeat(
-            self._sessions, notices_s=session.ack_interval_ms / 1000, after_sweep=self._books.fold
+            self._sessions, notices_s=session.ack_interval_ms / 1000, after_sweep=self._after_sweep
         )
+
+    # Backpressure
+
+    def _after_sweep(self) -> None:
+        self._books.fold()
+        if self._readiness.paused and trio.current_time() - self._readiness.paused_at >= DEGRADED_S:
+            self._degraded = True
+            self._sessions.tell_degraded(True)
+
+    def _resume(self) -> None:
+        self._readiness.resume()
+        if self._degraded and not self._readiness.paused:
+            self._degraded = False
+            self._sessions.tell_degraded(False)
 
     # The life of the daemon
 
@@ -260,6 +281,10 @@ class Gateway:
         self._log.info("draining", connections=len(self._sessions), in_flight=self._books.totals().in_flight)
         listener.close()
         with trio.move_on_after(self._settings.drain.close_timeout_s):
+            if self._sessions.announce_restart():
+                with trio.move_on_after(SETTLE_S):
+                    await trio.sleep(NOTICE_S)
+                    await self._producer.flush(SETTLE_S)
             await self._sessions.close_all()
 
     async def _flush(self) -> None:

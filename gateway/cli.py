@@ -382,7 +382,7 @@ def stream(
         )
         print(
             f"{done.ticks:,} ticks in {done.messages:,} messages, {done.seconds:.1f} s,"
-            f" {done.rejected:,} rejected, {done.reconnects} reconnects"
+            f" {done.rejected:,} rejected, {done.reconnects} reconnects, {done.resent:,} sent again"
         )
         return 1 if done.rejected else 0
 

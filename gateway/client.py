@@ -1,26 +1,46 @@
-"""A client of the gateway on trio-websocket, for `gateway stream`, the demo and the tests."""
+"""Clients of the gateway on trio-websocket.
+
+`connect` is one connection. `open_client` is what a program wants that must not lose anything: it keeps every message
+until the gateway has acked it (it is in Kafka then), reconnects with growing, jittered delays or when the gateway said,
+and sends again what is not acked. At least once: a message whose ack was lost with its connection is sent twice.
+
+    async with open_client("wss://gateway.example:8001/ws/mt5", token, account="5012345") as client:
+        await client.send("tick_data", batch.SerializeToString())
+        await client.flush()
+"""
 
 from __future__ import annotations
 
 import json
+import random
 import ssl
+import time
+from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlsplit
 
 import trio
 import trio_websocket
+from trio_util import AsyncValue
 
 from gateway.core.control import JSON
-from gateway.errors import ConfigError, ConnectionLost, HandshakeRejected
+from gateway.errors import ClientError, ConfigError, ConnectionLost, HandshakeRejected
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S: Final = 10.0
+FIRST_DELAY_S: Final = 0.5
+MAX_DELAY_S: Final = 30.0
+MAX_UNACKED: Final = 10_000
+"""Messages kept by default, sent or not, before `GatewayClient.send` waits."""
+
+_FINAL_STATUSES: Final = frozenset({400, 401, 403, 404, 405, 414, 426, 431, 505})
+_FINAL_CLOSE_CODES: Final = frozenset({1002, 1003, 1007, 1009, 4403})
 
 
 def tls_context(url: str, ca_file: Path | None) -> ssl.SSLContext | None:
@@ -34,7 +54,7 @@ def tls_context(url: str, ca_file: Path | None) -> ssl.SSLContext | None:
 
 
 @dataclass
-class GatewayClient:
+class Connection:
     """One open connection. Use `connect`; ``welcome`` is the gateway's first control message."""
 
     socket: trio_websocket.WebSocketConnection
@@ -43,6 +63,9 @@ class GatewayClient:
     """Messages the gateway said it put aside as dead letters."""
     closing: dict[str, Any] = field(default_factory=dict)
     """The gateway's closing notice, once it has come."""
+    on_ack: Callable[[int], None] = lambda count: None
+    ended: trio.Event = field(default_factory=trio.Event)
+    """Set when the gateway or the network has ended it."""
 
     @property
     def user_id(self) -> str:
@@ -75,10 +98,14 @@ class GatewayClient:
                 message = json.loads(await self.socket.get_message())
                 if message["type"] == "rejected":
                     self.rejected += message["count"]
+                elif message["type"] == "ack":
+                    self.on_ack(message["count"])
                 elif message["type"] == "closing":
                     self.closing = message
         except trio_websocket.ConnectionClosed:
             return
+        finally:
+            self.ended.set()
 
 
 def _lost(error: trio_websocket.ConnectionClosed) -> ConnectionLost:
@@ -89,7 +116,7 @@ def _lost(error: trio_websocket.ConnectionClosed) -> ConnectionLost:
 @asynccontextmanager
 async def connect(
     url: str, token: str, *, account: str | None = None, tls: ssl.SSLContext | None = None
-) -> AsyncIterator[GatewayClient]:
+) -> AsyncIterator[Connection]:
     """Connect, authenticate and wait for the welcome; leaving closes with 1000 and waits for the answer.
 
     When it leaves without an exception, the gateway has routed everything that was sent. Raises HandshakeRejected,
@@ -150,7 +177,7 @@ async def _shake_hands(
     host: str,
     resource: str,
     token: str,
-) -> GatewayClient:
+) -> Connection:
     try:
         with trio.fail_after(CONNECT_TIMEOUT_S):
             socket = await trio_websocket.wrap_client_stream(
@@ -162,7 +189,7 @@ async def _shake_hands(
                 extra_headers=[(b"Authorization", b"Bearer " + token.encode())],
                 message_queue_size=16,
             )
-            return GatewayClient(socket, json.loads(await socket.get_message()))
+            return Connection(socket, json.loads(await socket.get_message()))
     except trio_websocket.ConnectionClosed as error:
         raise _lost(error) from error
     except trio.TooSlowError as error:
@@ -176,3 +203,207 @@ def _rejected(error: trio_websocket.ConnectionRejected) -> HandshakeRejected:
         code = ""
     retry_after = dict(error.headers or ()).get(b"retry-after", b"")
     return HandshakeRejected(error.status_code, code, float(retry_after) if retry_after.isdigit() else None)
+
+
+class Backoff:
+    """Delays between attempts, doubling from `FIRST_DELAY_S` to `MAX_DELAY_S`, each between half of it and all."""
+
+    def __init__(self) -> None:
+        self._delay_s = FIRST_DELAY_S
+
+    def reset(self) -> None:
+        """An attempt succeeded."""
+        self._delay_s = FIRST_DELAY_S
+
+    def next_s(self, at_least_s: float = 0.0) -> float:
+        """The next delay; ``at_least_s`` is what the server asked for."""
+        delay_s, self._delay_s = self._delay_s, min(MAX_DELAY_S, self._delay_s * 2)
+        return max(at_least_s, random.uniform(delay_s / 2, delay_s))  # noqa: S311  # jitter
+
+
+@dataclass(slots=True)
+class _Message:
+    """A message that is kept; ``raw`` is its envelope once it has been built."""
+
+    message_type: str
+    payload: bytes
+    timestamp_ms: int
+    correlation_id: str
+    raw: bytes = b""
+
+
+class GatewayClient:
+    """Sends at least once, over as many connections as it takes. Use `open_client`."""
+
+    def __init__(
+        self,
+        url: str,
+        token: str | Callable[[], str],
+        *,
+        account: str | None,
+        tls: ssl.SSLContext | None,
+        max_unacked: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._url = url
+        self._token = token
+        self._account = account
+        self._tls = tls
+        self._max_unacked = max_unacked
+        self._say = say
+        self._waiting: deque[_Message] = deque()  # not sent on the present connection
+        self._sent: deque[_Message] = deque()  # sent on it and not acked
+        self._acked_here = 0
+        self._work = trio.Event()
+        self._unacked = AsyncValue(0)
+        self._leaving = trio.Event()
+        self.acked = 0
+        """Messages the gateway has settled."""
+        self.rejected = 0
+        """Of those, messages that became dead letters."""
+        self.resent = 0
+        """Messages sent again after a connection was lost."""
+        self.reconnects = 0
+
+    @property
+    def unacked(self) -> int:
+        """Messages kept: not sent yet, or sent and not acked."""
+        unacked: int = self._unacked.value
+        return unacked
+
+    async def send(
+        self, message_type: str, payload: bytes, *, timestamp_ms: int | None = None, correlation_id: str = ""
+    ) -> None:
+        """Keep one message and let it be sent; waits while ``max_unacked`` are kept.
+
+        Messages are sent in the order of these calls, and again in that order. Cancelled while it waits, nothing is
+        kept.
+        """
+        await self._unacked.wait_value(lambda unacked: unacked < self._max_unacked)
+        now_ms = time.time_ns() // 1_000_000
+        self._waiting.append(
+            _Message(message_type, payload, now_ms if timestamp_ms is None else timestamp_ms, correlation_id)
+        )
+        self._unacked.value += 1
+        self._work.set()
+
+    async def flush(self) -> None:
+        """Wait until everything is acked. Bound it with a cancel scope where that may take too long."""
+        await self._unacked.wait_value(0)
+
+    async def run(self) -> None:
+        """Keep a connection until `leave`. Raises ClientError for what another attempt would meet again."""
+        backoff = Backoff()
+        while not self._leaving.is_set():
+            connection: Connection | None = None
+            delay_s = 0.0
+            try:
+                token = self._token if isinstance(self._token, str) else self._token()
+                async with connect(self._url, token, account=self._account, tls=self._tls) as connection:
+                    backoff.reset()
+                    await self._talk(connection)
+            except* (ClientError, OSError, trio.TooSlowError) as group:
+                error = _leaf(group)
+                delay_s = _delay_or_raise(error, connection, backoff)
+                self._say(f"{error}; again in {delay_s:.1f} s")
+                self.reconnects += 1
+            with trio.move_on_after(delay_s):
+                await self._leaving.wait()
+
+    def leave(self) -> None:
+        """Close the connection and end `run`."""
+        self._leaving.set()
+
+    async def _talk(self, connection: Connection) -> None:
+        """Send and take acks until told to leave. Raises ConnectionLost when the connection ends before."""
+        self.resent += len(self._sent)
+        self._waiting.extendleft(reversed(self._sent))
+        self._sent.clear()
+        self._acked_here = 0
+        connection.on_ack = self._take_ack
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_all, connection)
+            nursery.start_soon(self._until_lost, connection)
+            await self._leaving.wait()
+            nursery.cancel_scope.cancel()
+        self.rejected += connection.rejected
+
+    async def _send_all(self, connection: Connection) -> None:
+        while True:
+            self._work = trio.Event()
+            # After a closing notice nothing more is sent: what the gateway has is acked before it closes.
+            while self._waiting and not connection.closing:
+                message = self._waiting[0]
+                message.raw = message.raw or connection.envelope(
+                    message.message_type, message.payload, message.timestamp_ms, message.correlation_id
+                )
+                # Counted as sent before it is: its ack may come before `send` returns.
+                self._sent.append(self._waiting.popleft())
+                await connection.send(message.raw)
+            await self._work.wait()
+
+    async def _until_lost(self, connection: Connection) -> None:
+        await connection.ended.wait()
+        self.rejected += connection.rejected
+        closed = connection.socket.closed
+        raise ConnectionLost(closed.code if closed else 1006, (closed and closed.reason) or "")
+
+    def _take_ack(self, count: int) -> None:
+        settled = min(count - self._acked_here, len(self._sent))
+        for _ in range(settled):
+            self._sent.popleft()
+        self._acked_here = count
+        self.acked += settled
+        self._unacked.value -= settled
+
+
+def _leaf(group: BaseExceptionGroup[Exception]) -> Exception:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)  # noqa: S101  # from the except*
+    return error
+
+
+def _delay_or_raise(error: Exception, connection: Connection | None, backoff: Backoff) -> float:
+    """How long to wait before the next attempt; raises what another attempt would meet again."""
+    if isinstance(error, HandshakeRejected):
+        if error.status in _FINAL_STATUSES:
+            raise error
+        return backoff.next_s(error.retry_after_s or 0.0)
+    if isinstance(error, ConnectionLost) and error.code in _FINAL_CLOSE_CODES:
+        raise error
+    if connection is not None and connection.closing:
+        return float(connection.closing["reconnect_after_ms"]) / 1000  # jittered by the gateway
+    return backoff.next_s()
+
+
+@asynccontextmanager
+async def open_client(
+    url: str,
+    token: str | Callable[[], str],
+    *,
+    account: str | None = None,
+    tls: ssl.SSLContext | None = None,
+    max_unacked: int = MAX_UNACKED,
+    say: Callable[[str], None] = lambda line: None,
+) -> AsyncIterator[GatewayClient]:
+    """A client that sends at least once while the context lasts.
+
+    ``token`` may be a function, asked before every attempt. ``say`` is told of every lost connection. Leaving the
+    context waits until everything is acked, then closes; leaving it by an exception closes at once, and what is not
+    acked may be lost. Raises HandshakeRejected for a refusal, and ConnectionLost for a close code, that another attempt
+    would meet again; the body is cancelled then.
+    """
+    client = GatewayClient(url, token, account=account, tls=tls, max_unacked=max_unacked, say=say)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.run)
+            yield client
+            await client.flush()
+            client.leave()
+    except BaseExceptionGroup as group:
+        final = group.subgroup(ClientError)
+        if final is None:
+            raise
+        raise _leaf(final) from None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
-from gateway import client
-from gateway.errors import ClientError, ConnectionLost, HandshakeRejected
+from gateway.client import open_client
 from gateway.ticks import batches, read
 from gateway.v1.ticks_pb2 import BatchTickData
 
@@ -21,10 +19,6 @@ if TYPE_CHECKING:
 
     from gateway.v1.ticks_pb2 import Tick
 
-FIRST_DELAY_S: Final = 0.5
-MAX_DELAY_S: Final = 30.0
-_FINAL_STATUSES: Final = frozenset({400, 401, 403, 404, 405, 414, 426, 431, 505})
-
 
 @dataclass(slots=True)
 class Summary:
@@ -33,6 +27,7 @@ class Summary:
     ticks: int = 0
     messages: int = 0
     rejected: int = 0
+    resent: int = 0
     reconnects: int = 0
     seconds: float = 0.0
 
@@ -75,22 +70,6 @@ class Pace:
         return (tick.time_msc - first) / 1000 / self.speed
 
 
-class Backoff:
-    """Delays between attempts, doubling from `FIRST_DELAY_S` to `MAX_DELAY_S`, each between half of it and all."""
-
-    def __init__(self) -> None:
-        self._delay_s = FIRST_DELAY_S
-
-    def reset(self) -> None:
-        """An attempt succeeded."""
-        self._delay_s = FIRST_DELAY_S
-
-    def next_s(self, at_least_s: float = 0.0) -> float:
-        """The next delay; ``at_least_s`` is what the server asked for."""
-        delay_s, self._delay_s = self._delay_s, min(MAX_DELAY_S, self._delay_s * 2)
-        return max(at_least_s, random.uniform(delay_s / 2, delay_s))  # noqa: S311  # jitter
-
-
 async def stream(
     path: Path,
     url: str,
@@ -101,53 +80,21 @@ async def stream(
     tls: ssl.SSLContext | None = None,
     say: Callable[[str], None] = print,
 ) -> Summary:
-    """Replay the file; returns when everything is sent and the gateway has routed what the last connection carried.
+    """Replay the file; returns when the gateway has acked every tick.
 
-    Reconnects with jittered, growing delays when the connection is lost, and goes on with the message that could not be
-    sent; what an earlier connection had under way when it broke may be lost. Raises BadTicks, and ClientError for a
+    Reconnects and sends again what was not acked: at least once, in order. Raises BadTicks, and ClientError for a
     refusal that another attempt would meet again.
     """
     summary = Summary()
     began = time.monotonic()
-    waiting = pace.schedule(read(path), account or "")
-    pending: tuple[float, BatchTickData] | None = next(waiting, None)
-    backoff = Backoff()
-    while pending is not None:
-        try:
-            async with client.connect(url, token, account=account, tls=tls) as connection:
-                backoff.reset()
-                while pending is not None:
-                    due_s, batch = pending
-                    await trio.sleep(max(0.0, began + due_s - time.monotonic()))
-                    await connection.send(
-                        connection.envelope("tick_data", batch.SerializeToString(), time.time_ns() // 1_000_000)
-                    )
-                    summary.messages += 1
-                    summary.ticks += len(batch.ticks)
-                    pending = next(waiting, None)
-            summary.rejected += connection.rejected
-        except* (ClientError, OSError, trio.TooSlowError) as group:
-            delay_s = _delay_or_raise(_leaf(group), backoff)
-            summary.reconnects += 1
-            say(f"{_leaf(group)}; again in {delay_s:.1f} s")
-            await trio.sleep(delay_s)
+    async with open_client(url, token, account=account, tls=tls, say=say) as client:
+        for due_s, batch in pace.schedule(read(path), account or ""):
+            await trio.sleep(max(0.0, began + due_s - time.monotonic()))
+            await client.send("tick_data", batch.SerializeToString())
+            summary.messages += 1
+            summary.ticks += len(batch.ticks)
+    summary.rejected = client.rejected
+    summary.resent = client.resent
+    summary.reconnects = client.reconnects
     summary.seconds = time.monotonic() - began
     return summary
-
-
-def _leaf(group: BaseExceptionGroup[Exception]) -> Exception:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception)  # noqa: S101  # from the except*
-    return error
-
-
-def _delay_or_raise(error: Exception, backoff: Backoff) -> float:
-    if isinstance(error, HandshakeRejected):
-        if error.status in _FINAL_STATUSES:
-            raise error
-        return backoff.next_s(error.retry_after_s or 0.0)
-    if isinstance(error, ConnectionLost) and error.code in (1002, 1003, 1007, 1009, 4403):
-        raise error
-    return backoff.next_s()

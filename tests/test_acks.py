@@ -92,7 +92,7 @@ def test_acks_in_messagepack_and_none_without_a_subprotocol(daemon: Daemon, prot
             client.send_frame(0x9, b"p")
             assert client.read_frame() == (0xA, b"p")
             return
-        seen = []
+        seen: list[dict[str, object]] = []
         while "ack" not in [message["type"] for message in seen]:
             opcode, payload = client.read_frame()
             assert opcode == 0x2

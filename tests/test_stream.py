@@ -10,9 +10,10 @@ import pytest
 import trio
 
 from bench.daemon import Daemon
+from gateway.client import Backoff
 from gateway.errors import HandshakeRejected
-from gateway.stream import Backoff, Pace, stream
-from gateway.ticks import COLUMNS, read, walk
+from gateway.stream import Pace, stream
+from gateway.ticks import COLUMNS, walk
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.v1.ticks_pb2 import BatchTickData, Tick
 from tests.records import Records
@@ -79,16 +80,15 @@ async def test_stream_reconnects_to_a_restarted_gateway(start_daemon: Callable[.
     first = start_daemon(kafka.kafka)
     port = int(first.url.rpartition(":")[2].partition("/")[0])
     path = tmp_path / "ticks.csv"
-    path.write_text("\n".join([",".join(COLUMNS), *ROWS * 40]))
+    path.write_text("\n".join([",".join(COLUMNS), *(f"{number},EURUSD,1.1,1.2,0" for number in range(240))]))
     said: list[str] = []
     with Records(kafka.kafka, "tick-data") as records:
         async with trio.open_nursery() as nursery:
             results = []
 
             async def replay() -> None:
-                results.append(
-                    await stream(path, first.url, first.token("traveller"), pace=Pace(rate=100), say=said.append)
-                )
+                token = first.token("traveller")
+                results.append(await stream(path, first.url, token, pace=Pace(rate=100), say=said.append))
 
             nursery.start_soon(replay)
             early = await trio.to_thread.run_sync(lambda: records.take(20, key="traveller"))
@@ -103,9 +103,9 @@ async def test_stream_reconnects_to_a_restarted_gateway(start_daemon: Callable[.
                 lambda: start_daemon(kafka.kafka, settings={"listen.port": port, "auth.secret_file": str(secret)})
             )
         late = records.take(results[0].messages - len(early), key="traveller")
+        assert records.nothing_more(key="traveller"), "what was acked before the close is not sent again"
     assert results[0].reconnects >= 1
+    assert results[0].ticks == 240
     values = [record.value() or b"" for record in (*early, *late)]
-    arrived = [
-        tick for value in values for tick in BatchTickData.FromString(MessageEnvelope.FromString(value).payload).ticks
-    ]
-    assert arrived == list(read(path))
+    batches = [BatchTickData.FromString(MessageEnvelope.FromString(value).payload) for value in values]
+    assert [tick.time_msc for batch in batches for tick in batch.ticks] == list(range(240))

@@ -56,6 +56,16 @@ def rejected(count: int, reason: str, last: int) -> dict[str, Any]:
     return {"type": "rejected", "count": count, "reason": reason, "last": last}
 
 
+def degraded() -> dict[str, Any]:
+    """Kafka takes nothing at the moment, so nothing is read from clients."""
+    return {"type": "degraded", "reason": "kafka_unavailable"}
+
+
+def recovered() -> dict[str, Any]:
+    """Reading goes on."""
+    return {"type": "recovered", "reason": "kafka_unavailable"}
+
+
 def closing(code: int, reason: str, reconnect_after_ms: int) -> dict[str, Any]:
     """The connection is about to be closed with ``code``."""
     return {"type": "closing", "code": code, "reason": reason, "reconnect_after_ms": reconnect_after_ms}

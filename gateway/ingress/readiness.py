@@ -61,6 +61,8 @@ class Readiness:
         self._resumed: trio.Event | None = None
         self.now = 0.0
         """Trio's clock at the start of the current turn, in seconds: one reading a turn, not one a message."""
+        self.paused_at = 0.0
+        """When reading last paused."""
         self.resumed_at = 0.0
         """When reading last resumed after a pause; silence before that is not the client's."""
         self.turns = 0
@@ -106,6 +108,7 @@ class Readiness:
         """Stop reading from every connection."""
         if self._resumed is None:
             self._resumed = trio.Event()
+            self.paused_at = trio.current_time()
 
     def resume(self) -> None:
         """Read again. Stalled connections hand over first; if one stalls again, so does everybody."""

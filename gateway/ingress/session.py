@@ -59,8 +59,10 @@ class Session(Connection):
 
     __slots__ = (
         "_acks",
+        "_announced",
         "_backlog",
         "_context",
+        "_degraded",
         "_key",
         "_lanes",
         "_rejections",
@@ -93,6 +95,8 @@ class Session(Connection):
         self.principal = principal
         self.path = path
         self.subprotocol = subprotocol if subprotocol in control.CONTROL_SUBPROTOCOLS else None
+        self._announced = False
+        self._degraded = False
         self._acks = Acks() if self.subprotocol is not None else None
         self.received = 0
         """Binary messages handed over so far: the index, from 1, of the last one."""
@@ -257,8 +261,23 @@ class Session(Connection):
     def _last_words(self) -> None:
         self.send_notices()
 
+    def tell_degraded(self, degraded: bool) -> None:
+        """Say once that reading has stopped, and once that it goes on."""
+        if degraded != self._degraded:
+            self._degraded = degraded
+            self._tell(control.degraded() if degraded else control.recovered())
+
+    def announce_restart(self) -> bool:
+        """Say that the connection will be closed soon; true when the client understands such notices.
+
+        A client that does sends nothing more, so that it can be told of everything it sent before the close.
+        """
+        self._announce(refusals.CLOSE_RESTART, refusals.CLOSE_RESTART.reason)
+        return self.subprotocol is not None
+
     def _announce(self, close: Close, reason: str) -> None:
-        if self.subprotocol is not None and self.state == OPEN:
+        if self.subprotocol is not None and self.state == OPEN and not self._announced:
+            self._announced = True
             window_ms = self._context.reconnect_window_ms if close.retryable else 0
             self._tell(control.closing(close.code, reason, random.randint(0, window_ms)))  # noqa: S311  # jitter
 

@@ -74,6 +74,15 @@ class Sessions:
         for session in self._sessions:
             session.forget_routes()
 
+    def tell_degraded(self, degraded: bool) -> None:
+        """Tell every session, those too that came since the last time."""
+        for session in self:
+            session.tell_degraded(degraded)
+
+    def announce_restart(self) -> int:
+        """Tell every session that it will be closed soon; how many understood."""
+        return sum(session.announce_restart() for session in self)
+
     async def close_all(self) -> None:
         """Close every session with 1012 and wait until all have left.
 
