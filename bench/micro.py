@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from bench.load import envelope, frame
 from gateway.core.books import Books
+from gateway.core.control import JSON
 from gateway.core.principal import Principal, TokenRules, VerifyKey, mint
 from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes
 from gateway.egress.delivery import Delivery
@@ -84,7 +85,9 @@ def steps(message: bytes, batch: int) -> dict[str, Step]:
     }
 
 
-def session_steps(message: bytes, batch: int, producer: KafkaProducer, counters: Counters) -> dict[str, Step]:
+def session_steps(
+    message: bytes, batch: int, producer: KafkaProducer, counters: Counters, subprotocol: str | None
+) -> dict[str, Step]:
     """A session fed through a socket pair, its records queued in a real producer that has no broker."""
     quiet = RateLimited(lambda *_, **__: None, trio.current_time)
     routes = Routes(DEFAULT_ROUTES, DEFAULT_DEAD_LETTER_TOPIC)
@@ -94,7 +97,7 @@ def session_steps(message: bytes, batch: int, producer: KafkaProducer, counters:
     readiness = Readiness()
     context = SessionContext(readiness, LIMITS, delivery, 200, 0, 5.0, lambda _: None, quiet, quiet)
     principal = Principal("user-000001", "bench", "pro", 4e9)
-    session = Session(ours, context, connection_id="c-1", principal=principal, path="/", subprotocol=None)
+    session = Session(ours, context, connection_id="c-1", principal=principal, path="/", subprotocol=subprotocol)
     wire = frame(message) * batch
     decoder = Decoder(LIMITS.max_message_bytes)
     assert DecodeError in delivery.errors
@@ -119,6 +122,8 @@ def session_steps(message: bytes, batch: int, producer: KafkaProducer, counters:
             theirs.send(wire)
             ours.recv(16_384)
 
+    if subprotocol is not None:
+        return {f"session that is acked: decode and route, {batch} a read": route}
     return {
         "producer: queue one record with its callback": produce,
         f"session: decode and route, {batch} a read": route,
@@ -140,7 +145,9 @@ async def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     )
     found: dict[str, list[float]] = {}
     for batch in (1, 16):
-        for name, step in {**steps(message, batch), **session_steps(message, batch, producer, counters)}.items():
+        plain = session_steps(message, batch, producer, counters, None)
+        acked = session_steps(message, batch, producer, counters, JSON)
+        for name, step in {**steps(message, batch), **plain, **acked}.items():
             if name in found:
                 continue
             step(options.count)
