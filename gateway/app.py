@@ -32,7 +32,7 @@ from gateway.lifecycle import Lifecycle, handle_signals
 from gateway.sidecar import server
 from gateway.sidecar.asgi import Sidecar
 from gateway.telemetry.logging import RateLimited
-from gateway.telemetry.metrics import Counters, Exposition, Gauges
+from gateway.telemetry.metrics import Counters, Exposition, Gauges, probe_loop_lag
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 TOPIC_CHECK_PAUSE_S: Final = 1.0
 """Between asking a Kafka that has not answered, or lacks a topic."""
-LAG_PROBE_S: Final = 0.1
 DEGRADED_S: Final = 1.0
 """A pause of reading that lasts this long is told to clients; a full queue in passing is not."""
 NOTICE_S: Final = 0.3
@@ -192,8 +191,8 @@ class Gateway:
             services.start_soon(self._producer.run)
             services.start_soon(self._heartbeat.run)
             services.start_soon(self._readiness.run)
-            services.start_soon(self._probe_lag)
-            services.start_soon(self._watchdog)
+            services.start_soon(probe_loop_lag, self._counters)
+            services.start_soon(systemd.feed_watchdog)
             async with trio.open_nursery() as connections:
                 services.start_soon(listener.run, connections)
                 services.start_soon(self._watch_topics)
@@ -430,18 +429,6 @@ class Gateway:
         if not self._readiness.turns & ROUTING_SAMPLE_MASK:
             times = sockets * (ROUTING_SAMPLE_MASK + 1)
             self._counters.routing_s.observe(duration_s / sockets, times)
-
-    async def _probe_lag(self) -> None:
-        while True:
-            before = trio.current_time()
-            await trio.sleep(LAG_PROBE_S)
-            self._counters.loop_lag_s.observe(max(0.0, trio.current_time() - before - LAG_PROBE_S))
-
-    async def _watchdog(self) -> None:
-        interval_s = systemd.watchdog_interval_s()
-        while interval_s is not None:
-            systemd.notify("WATCHDOG=1")
-            await trio.sleep(interval_s)
 
 
 def _in_url(host: str) -> str:

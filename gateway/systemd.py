@@ -6,6 +6,8 @@ import os
 import socket
 import time
 
+import trio
+
 
 def notify(*assignments: str) -> None:
     """Send a state to the socket in NOTIFY_SOCKET, if there is one: ``READY=1``, ``STOPPING=1``, ``STATUS=...``."""
@@ -34,3 +36,11 @@ def watchdog_interval_s() -> float | None:
     if not microseconds.isdigit() or process != str(os.getpid()):
         return None
     return int(microseconds) / 2_000_000
+
+
+async def feed_watchdog() -> None:
+    """Send ``WATCHDOG=1`` as often as systemd wants while the event loop turns; returns at once when it does not."""
+    interval_s = watchdog_interval_s()
+    while interval_s is not None:
+        notify("WATCHDOG=1")
+        await trio.sleep(interval_s)

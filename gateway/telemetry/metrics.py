@@ -10,6 +10,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import trio
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.platform_collector import PlatformCollector
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 CACHE_S: Final = 1.0
 """An exposition is reused this long: producing one takes milliseconds of the event loop."""
+
+LAG_PROBE_S: Final = 0.1
 
 ROUTING_BUCKETS_S: Final = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3)
 DELIVERY_BUCKETS_S: Final = (
@@ -202,6 +205,14 @@ class Exposition:
             totals.imbalance,
         )
         yield GaugeMetricFamily("gateway_companies", "Companies connected or in flight.", self._books.companies)
+
+
+async def probe_loop_lag(counters: Counters) -> None:
+    """Measure until cancelled how late the event loop wakes a task that slept for `LAG_PROBE_S`."""
+    while True:
+        due = trio.current_time() + LAG_PROBE_S
+        await trio.sleep_until(due)
+        counters.loop_lag_s.observe(max(0.0, trio.current_time() - due))
 
 
 def _counter(name: str, text: str, label: str, values: dict[str, int]) -> CounterMetricFamily:
