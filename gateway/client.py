@@ -24,6 +24,7 @@ from urllib.parse import quote, urlsplit
 import trio
 import trio_websocket
 from trio_util import AsyncValue
+from wsproto.utilities import LocalProtocolError
 
 from gateway.core.control import JSON
 from gateway.errors import ClientError, ConfigError, ConnectionLost, HandshakeRejected
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CONNECT_TIMEOUT_S: Final = 10.0
+CLOSE_TIMEOUT_S: Final = 5.0
 FIRST_DELAY_S: Final = 0.5
 MAX_DELAY_S: Final = 30.0
 MAX_UNACKED: Final = 10_000
 """Messages kept by default, sent or not, before `GatewayClient.send` waits."""
 
 _FINAL_STATUSES: Final = frozenset({400, 401, 403, 404, 405, 414, 426, 431, 505})
-_FINAL_CLOSE_CODES: Final = frozenset({1002, 1003, 1007, 1009, 4403})
+_FINAL_CLOSE_CODES: Final = frozenset({1002, 1003, 1007, 1009, 1015, 4403})
 
 
 def tls_context(url: str, ca_file: Path | None) -> ssl.SSLContext | None:
@@ -63,7 +65,10 @@ class Connection:
     """Messages the gateway said it put aside as dead letters."""
     closing: dict[str, Any] = field(default_factory=dict)
     """The gateway's closing notice, once it has come."""
+    degraded: bool = False
+    """True between the gateway's ``degraded`` and ``recovered``: it reads nothing, pings included."""
     on_ack: Callable[[int], None] = lambda count: None
+    on_rejected: Callable[[int], None] = lambda count: None
     ended: trio.Event = field(default_factory=trio.Event)
     """Set when the gateway or the network has ended it."""
 
@@ -98,6 +103,9 @@ class Connection:
                 message = json.loads(await self.socket.get_message())
                 if message["type"] == "rejected":
                     self.rejected += message["count"]
+                    self.on_rejected(message["count"])
+                elif message["type"] in ("degraded", "recovered"):
+                    self.degraded = message["type"] == "degraded"
                 elif message["type"] == "ack":
                     self.on_ack(message["count"])
                 elif message["type"] == "closing":
@@ -136,20 +144,24 @@ async def connect(
             client = await _shake_hands(nursery, stream, parts.netloc, resource, token)
             nursery.start_soon(client.listen)
             yield client
-            await client.socket.aclose()
+            with trio.move_on_after(CLOSE_TIMEOUT_S) as closing:
+                await client.socket.aclose()
             closed = client.socket.closed
+            nursery.cancel_scope.cancel()
+            if closing.cancelled_caught:
+                raise ConnectionLost(1006, f"no answer to the close within {CLOSE_TIMEOUT_S:g} s")
             if closed is not None and closed.code != 1000:
                 raise ConnectionLost(closed.code, closed.reason or "")
     except BaseExceptionGroup as group:
-        # trio-websocket's reader task raises a rejection into the nursery
-        rejections = group.subgroup(trio_websocket.ConnectionRejected)
-        if rejections is None:
+        # trio-websocket's reader task raises into the nursery: a rejection, or a protocol error of its own when the
+        # gateway's ping crosses its close frame.
+        theirs, rest = group.split((trio_websocket.ConnectionRejected, LocalProtocolError))
+        if theirs is None or rest is not None:
             raise
-        error: BaseException = rejections
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        assert isinstance(error, trio_websocket.ConnectionRejected)  # noqa: S101  # from the subgroup
-        raise _rejected(error) from None
+        error = _leaf(theirs)
+        if isinstance(error, trio_websocket.ConnectionRejected):
+            raise _rejected(error) from None
+        raise ConnectionLost(1006, "closed") from None
     finally:
         await trio.aclose_forcefully(stream)
 
@@ -221,17 +233,6 @@ class Backoff:
         return max(at_least_s, random.uniform(delay_s / 2, delay_s))  # noqa: S311  # jitter
 
 
-@dataclass(slots=True)
-class _Message:
-    """A message that is kept; ``raw`` is its envelope once it has been built."""
-
-    message_type: str
-    payload: bytes
-    timestamp_ms: int
-    correlation_id: str
-    raw: bytes = b""
-
-
 class GatewayClient:
     """Sends at least once, over as many connections as it takes. Use `open_client`."""
 
@@ -251,16 +252,19 @@ class GatewayClient:
         self._tls = tls
         self._max_unacked = max_unacked
         self._say = say
-        self._waiting: deque[_Message] = deque()  # not sent on the present connection
-        self._sent: deque[_Message] = deque()  # sent on it and not acked
+        self._waiting: deque[MessageEnvelope] = deque()  # not sent on the present connection
+        self._sent: deque[MessageEnvelope] = deque()  # sent on it and not acked
         self._acked_here = 0
+        self._max_message_bytes = 65_536  # until a welcome says otherwise
+        self._identity_bytes = 0
+        self._backoff = Backoff()
         self._work = trio.Event()
         self._unacked = AsyncValue(0)
         self._leaving = trio.Event()
         self.acked = 0
         """Messages the gateway has settled."""
         self.rejected = 0
-        """Of those, messages that became dead letters."""
+        """Messages that became dead letters; one that is sent again may be counted again."""
         self.resent = 0
         """Messages sent again after a connection was lost."""
         self.reconnects = 0
@@ -277,13 +281,21 @@ class GatewayClient:
         """Keep one message and let it be sent; waits while ``max_unacked`` are kept.
 
         Messages are sent in the order of these calls, and again in that order. Cancelled while it waits, nothing is
-        kept.
+        kept. Raises TypeError or ValueError for what no envelope can hold, and for one larger than the gateway takes.
         """
-        await self._unacked.wait_value(lambda unacked: unacked < self._max_unacked)
         now_ms = time.time_ns() // 1_000_000
-        self._waiting.append(
-            _Message(message_type, payload, now_ms if timestamp_ms is None else timestamp_ms, correlation_id)
+        message = MessageEnvelope(
+            message_type=message_type,
+            payload=payload,
+            timestamp=now_ms if timestamp_ms is None else timestamp_ms,
+            correlation_id=correlation_id,
         )
+        size = message.ByteSize() + self._identity_bytes
+        if size > self._max_message_bytes:
+            raise ValueError(f"message of {size} bytes; the gateway takes {self._max_message_bytes}")
+        while self.unacked >= self._max_unacked:
+            await self._unacked.wait_value(lambda unacked: unacked < self._max_unacked)
+        self._waiting.append(message)
         self._unacked.value += 1
         self._work.set()
 
@@ -293,20 +305,19 @@ class GatewayClient:
 
     async def run(self) -> None:
         """Keep a connection until `leave`. Raises ClientError for what another attempt would meet again."""
-        backoff = Backoff()
         while not self._leaving.is_set():
             connection: Connection | None = None
             delay_s = 0.0
             try:
                 token = self._token if isinstance(self._token, str) else self._token()
                 async with connect(self._url, token, account=self._account, tls=self._tls) as connection:
-                    backoff.reset()
                     await self._talk(connection)
             except* (ClientError, OSError, trio.TooSlowError) as group:
-                error = _leaf(group)
-                delay_s = _delay_or_raise(error, connection, backoff)
-                self._say(f"{error}; again in {delay_s:.1f} s")
-                self.reconnects += 1
+                if not self._leaving.is_set():  # everything is acked then: how the connection ends does not matter
+                    error = _leaf(group)
+                    delay_s = _delay_or_raise(error, connection, self._backoff)
+                    self._say(f"{error}; again in {delay_s:.1f} s")
+                    self.reconnects += 1
             with trio.move_on_after(delay_s):
                 await self._leaving.wait()
 
@@ -320,13 +331,17 @@ class GatewayClient:
         self._waiting.extendleft(reversed(self._sent))
         self._sent.clear()
         self._acked_here = 0
+        welcome = connection.welcome
+        self._max_message_bytes = welcome["limits"]["max_message_bytes"]
+        self._identity_bytes = len(welcome["user_id"].encode()) + len(welcome["company_id"].encode()) + 8
         connection.on_ack = self._take_ack
+        connection.on_rejected = self._take_rejected
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_all, connection)
             nursery.start_soon(self._until_lost, connection)
+            nursery.start_soon(self._probe, connection)
             await self._leaving.wait()
             nursery.cancel_scope.cancel()
-        self.rejected += connection.rejected
 
     async def _send_all(self, connection: Connection) -> None:
         while True:
@@ -334,21 +349,38 @@ class GatewayClient:
             # After a closing notice nothing more is sent: what the gateway has is acked before it closes.
             while self._waiting and not connection.closing:
                 message = self._waiting[0]
-                message.raw = message.raw or connection.envelope(
-                    message.message_type, message.payload, message.timestamp_ms, message.correlation_id
-                )
+                message.user_id = connection.welcome["user_id"]
+                message.company_id = connection.welcome["company_id"]
                 # Counted as sent before it is: its ack may come before `send` returns.
                 self._sent.append(self._waiting.popleft())
-                await connection.send(message.raw)
+                await connection.send(message.SerializeToString())
             await self._work.wait()
 
     async def _until_lost(self, connection: Connection) -> None:
         await connection.ended.wait()
-        self.rejected += connection.rejected
         closed = connection.socket.closed
         raise ConnectionLost(closed.code if closed else 1006, (closed and closed.reason) or "")
 
+    async def _probe(self, connection: Connection) -> None:
+        """Ping as often as the gateway does; a peer that is gone without a word is found out."""
+        interval_s = float(connection.welcome["ping_interval_s"])
+        while True:
+            await trio.sleep(interval_s)
+            if connection.degraded:
+                continue
+            with trio.move_on_after(2 * interval_s) as waiting:
+                try:
+                    await connection.socket.ping()
+                except trio_websocket.ConnectionClosed:
+                    return  # `_until_lost` says so
+            if waiting.cancelled_caught and not connection.degraded:
+                raise ConnectionLost(1006, f"no answer to a ping within {2 * interval_s:g} s")
+
+    def _take_rejected(self, count: int) -> None:
+        self.rejected += count
+
     def _take_ack(self, count: int) -> None:
+        self._backoff.reset()  # it works: not only does it accept connections
         settled = min(count - self._acked_here, len(self._sent))
         for _ in range(settled):
             self._sent.popleft()
@@ -374,7 +406,7 @@ def _delay_or_raise(error: Exception, connection: Connection | None, backoff: Ba
     if isinstance(error, ConnectionLost) and error.code in _FINAL_CLOSE_CODES:
         raise error
     if connection is not None and connection.closing:
-        return float(connection.closing["reconnect_after_ms"]) / 1000  # jittered by the gateway
+        return backoff.next_s(float(connection.closing["reconnect_after_ms"]) / 1000)
     return backoff.next_s()
 
 
@@ -403,7 +435,7 @@ async def open_client(
             await client.flush()
             client.leave()
     except BaseExceptionGroup as group:
-        final = group.subgroup(ClientError)
-        if final is None:
+        final, rest = group.split(ClientError)
+        if final is None or rest is not None:
             raise
         raise _leaf(final) from None

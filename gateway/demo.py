@@ -306,7 +306,7 @@ async def _one_client(
     task_status: trio.TaskStatus[None],
 ) -> None:
     account = str(5_000_000 + number)
-    started = False
+    started = finished = False
     try:
         async with client.connect(url, token, account=account, tls=tls) as connection:
             progress.connected += 1
@@ -325,12 +325,14 @@ async def _one_client(
                 )
                 await connection.send(message)
                 progress.sent += 1
-        progress.connected -= 1
+            finished = True
     except* (ClientError, OSError, trio.TooSlowError) as group:
-        progress.failures += 1
-        progress.first_failure = progress.first_failure or repr(group.exceptions[0])
+        if not finished:  # how a connection ends does not matter: the consumer counts what arrived
+            progress.failures += 1
+            progress.first_failure = progress.first_failure or repr(group.exceptions[0])
         if not started:
             task_status.started()
+    progress.connected -= started
 
 
 async def _show_while(progress: Progress, sidecar: str, work: Any) -> None:

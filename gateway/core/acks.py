@@ -1,8 +1,8 @@
 """Cumulative acknowledgement: how many of a connection's first messages are settled.
 
 Reports come in any order when several topics are involved. Messages are numbered from 1 in the order they were taken;
-`settled` is the largest n such that messages 1 to n all are. What is settled beyond a gap waits in ``_ahead``, which
-holds at most as many numbers as are in flight.
+`settled` is the largest n such that messages 1 to n all are. What is settled beyond a gap is kept as runs, so memory
+follows the messages that are not settled, not those that wait behind one of them.
 """
 
 from __future__ import annotations
@@ -11,21 +11,29 @@ from __future__ import annotations
 class Acks:
     """The settled messages of one connection, and how many of them its client has been told of."""
 
-    __slots__ = ("_ahead", "settled", "told")
+    __slots__ = ("_first_of", "_last_of", "settled", "told")
 
     def __init__(self) -> None:
         self.settled = 0
         self.told = 0
-        self._ahead: set[int] = set()
+        self._last_of: dict[int, int] = {}  # runs beyond the gap: first number to last
+        self._first_of: dict[int, int] = {}  # and last to first
 
     def settle(self, index: int) -> bool:
         """Message ``index`` is settled; true when that moved ``settled``."""
-        if index != self.settled + 1:
-            self._ahead.add(index)
-            return False
-        ahead = self._ahead
-        while index + 1 in ahead:
-            index += 1
-            ahead.discard(index)
-        self.settled = index
-        return True
+        if index == self.settled + 1:
+            self.settled = index
+            if self._last_of and index + 1 in self._last_of:
+                self.settled = self._last_of.pop(index + 1)
+                del self._first_of[self.settled]
+            return True
+        first = self._first_of.pop(index - 1, index)
+        last = self._last_of.pop(index + 1, index)
+        self._last_of[first] = last
+        self._first_of[last] = first
+        return False
+
+    @property
+    def runs(self) -> int:
+        """Runs of settled messages beyond the first gap."""
+        return len(self._last_of)

@@ -191,8 +191,7 @@ class Delivery:
         if error.code() in _PURGED:
             self._drop(report, refusals.DROP_DRAIN_TIMEOUT)
             return
-        self._log_refused("dead letter refused", topic=self.routes.dead_letter, error=error.str())
-        self._drop(report, refusals.DROP_DEAD_LETTER_REFUSED)
+        self._give_up(report, error.str())
 
     def retry_deferred(self) -> None:
         """Queue the dead letters that found no room while reports were being read."""
@@ -219,17 +218,24 @@ class Delivery:
             self._producer.note_full()
             raise QueueFull from None
         except KafkaException as error:
-            self._log_refused("dead letter refused", topic=self.routes.dead_letter, error=str(error))
-            self._drop(report, refusals.DROP_DEAD_LETTER_REFUSED)
+            self._give_up(report, str(error))
             return
         self._counters.dead_letters[reason] += 1
         origin.note_rejected(reason, report.index)
 
-    def _drop(self, report: Report, reason: str) -> None:
-        """Give a message up. It counts as in flight before, or is about to be counted by the caller.
+    def _give_up(self, report: Report, error: str) -> None:
+        """Drop a message whose dead letter is refused too, and report it to its client, which settles it.
 
-        It is not settled: its client has no ack for it and sends it again.
+        Not settled when the producer has failed for good: then the client sends it again, to the next process.
         """
+        self._log_refused("dead letter refused", topic=self.routes.dead_letter, error=error)
+        self._drop(report, refusals.DROP_DEAD_LETTER_REFUSED)
+        if not self._producer.fatal:
+            report.origin.note_rejected(refusals.DROP_DEAD_LETTER_REFUSED, report.index)
+            report.origin.settle(report.index)
+
+    def _drop(self, report: Report, reason: str) -> None:
+        """Count a message as dropped. It counts as in flight before, or is about to be counted by the caller."""
         tally = report.tally
         tally.in_flight -= 1
         tally.dropped += 1

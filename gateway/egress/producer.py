@@ -140,7 +140,7 @@ class KafkaProducer:
         except KafkaException as error:
             self._note_fatal(error)
         self.after_poll()
-        if self.full and len(self._producer) <= self._room_at:
+        if self.full and not self.fatal and len(self._producer) <= self._room_at:
             self.full = False
             self.on_room()
 

@@ -126,7 +126,7 @@ class Session(Connection):
             if item.__class__ is not bytes:
                 alive = self.state != ENDED
                 self._event(item)
-                if alive and self.state == ENDED:
+                if alive and self.state == ENDED and self.outcome not in ("peer_lost", "stalled_peer"):
                     return  # RFC 6455 7.1.7: nothing behind what failed the connection is processed
                 continue
             try:

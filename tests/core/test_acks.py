@@ -20,4 +20,13 @@ def test_settled_is_the_longest_settled_beginning_in_any_order(order: list[int])
         assert acks.settled == expected
         assert moved == (acks.settled != before)
     assert acks.settled == len(order)
-    assert not acks._ahead
+    assert acks.runs == 0
+
+
+def test_one_message_that_waits_costs_one_run_however_many_are_settled_behind_it() -> None:
+    acks = Acks()
+    for index in range(2, 10_000):
+        acks.settle(index)
+    assert (acks.settled, acks.runs) == (0, 1)
+    acks.settle(1)
+    assert (acks.settled, acks.runs) == (9_999, 0)

@@ -250,11 +250,14 @@ async def test_dead_letter_topic_that_refuses_at_once_costs_the_message_and_noth
         raise KafkaException(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
 
     monkeypatch.setattr(side.producer, "produce_with_headers", denied)
-    side.delivery.dead_letter(Sender(), b"broken", refusals.REASON_NOT_AN_ENVELOPE, 0)
-    side.send(b"r" * 1500, b"s" * 1000)
+    sender = Sender()
+    side.delivery.dead_letter(sender, b"broken", refusals.REASON_NOT_AN_ENVELOPE, 1)
+    side.send(b"r" * 1500, b"s" * 1000, index=2, sender=sender)
     await settle(side)
     totals = side.books.totals()
     assert (totals.received, totals.dropped, totals.in_flight, totals.imbalance) == (2, 2, 0, 0)
+    assert sender.settled == [1, 2], "dropped and reported: acks go on behind it"
+    assert sender.rejected == [(refusals.DROP_DEAD_LETTER_REFUSED, 1), (refusals.DROP_DEAD_LETTER_REFUSED, 2)]
     assert side.counters.drops[refusals.DROP_DEAD_LETTER_REFUSED] == 2
     assert [event for event, _ in side.lines].count("dead letter refused") == 2
 
@@ -271,6 +274,11 @@ async def test_fatal_producer_error_is_noted_once_and_does_not_raise(embedded_br
     side.producer.poll()
     assert len(fatal) == 1
     assert "fenced" in fatal[0]
+    room: list[bool] = []
+    side.producer.on_room = lambda: room.append(True)
+    side.producer.note_full()
+    side.producer.poll()
+    assert room == [], "there is never room again"
     assert not side.producer.up
 
 

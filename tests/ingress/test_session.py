@@ -233,6 +233,14 @@ async def test_bytes_that_the_peer_takes_during_a_pause_do_not_make_it_a_stalled
         assert it.session.state == 0
 
 
+async def test_messages_behind_a_ping_that_cannot_be_answered_are_still_taken() -> None:
+    async with world() as it:
+        it.session._outbox = bytearray(LIMITS.max_unsent_bytes)  # a peer that takes nothing: the pong ends it
+        await it.peer.send_all(frame(0x2, tick(0)) + frame(0x9) + frame(0x2, tick(1)))
+        await it.done.wait()
+        assert it.egress.sent == [tick(0), tick(1)]
+
+
 async def test_messages_behind_a_control_flood_are_not_processed() -> None:
     async with world() as it:
         await it.peer.send_all(frame(0x2, tick(0)) + frame(0x9) * 21 + frame(0x2, tick(1)))
