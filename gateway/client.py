@@ -425,7 +425,7 @@ async def open_client(
     ``token`` may be a function, asked before every attempt. ``say`` is told of every lost connection. Leaving the
     context waits until everything is acked, then closes; leaving it by an exception closes at once, and what is not
     acked may be lost. Raises HandshakeRejected for a refusal, and ConnectionLost for a close code, that another attempt
-    would meet again; the body is cancelled then.
+    would meet again, and ConfigError for a URL that is none; the body is cancelled then.
     """
     client = GatewayClient(url, token, account=account, tls=tls, max_unacked=max_unacked, say=say)
     try:
@@ -435,7 +435,7 @@ async def open_client(
             await client.flush()
             client.leave()
     except BaseExceptionGroup as group:
-        final, rest = group.split(ClientError)
+        final, rest = group.split((ClientError, ConfigError))
         if final is None or rest is not None:
             raise
         raise _leaf(final) from None
