@@ -177,3 +177,19 @@ def test_demo_accounts_for_every_message(tmp_path: Path) -> None:
     last = done.stdout.splitlines()[-1]
     assert last == "sent 200, received back from Kafka 200, lost 0, doubled 0, out of order 0"
     assert "messages/s" in done.stdout
+
+
+def test_the_example_of_every_setting_is_valid(tmp_path: Path) -> None:
+    _, certificate, key = devkeys.write_certificate(tmp_path, "gateway.example")
+    (tmp_path / "tls-key").write_bytes(key.read_bytes())
+    (tmp_path / "jwt-secret").write_text("s" * 48)
+    example = Path(__file__).parent.parent / "deploy" / "gateway.toml"
+    done = gateway(
+        "check-config",
+        str(example),
+        "--set",
+        f"tls.cert_file={certificate}",
+        environment={"CREDENTIALS_DIRECTORY": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(": ok\n")
