@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,12 +88,14 @@ async def stream(
     """
     summary = Summary()
     began = time.monotonic()
-    async with open_client(url, token, account=account, tls=tls, say=say) as client:
-        for due_s, batch in pace.schedule(read(path), account or ""):
-            await trio.sleep(max(0.0, began + due_s - time.monotonic()))
-            await client.send("tick_data", batch.SerializeToString())
-            summary.messages += 1
-            summary.ticks += len(batch.ticks)
+    # Closed here and now, not when the collector finds the generator of a stream that was refused.
+    with closing(read(path)) as ticks:
+        async with open_client(url, token, account=account, tls=tls, say=say) as client:
+            for due_s, batch in pace.schedule(ticks, account or ""):
+                await trio.sleep(max(0.0, began + due_s - time.monotonic()))
+                await client.send("tick_data", batch.SerializeToString())
+                summary.messages += 1
+                summary.ticks += len(batch.ticks)
     summary.rejected = client.rejected
     summary.resent = client.resent
     summary.reconnects = client.reconnects

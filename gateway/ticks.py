@@ -16,7 +16,7 @@ from gateway.errors import GatewayError
 from gateway.v1.ticks_pb2 import BatchTickData, Tick
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 COLUMNS: Final = ("time_msc", "symbol", "bid", "ask", "volume")
 QUOTE_FLAGS: Final = 2 | 4  # MqlTick: TICK_FLAG_BID | TICK_FLAG_ASK
@@ -34,7 +34,7 @@ class BadTicks(GatewayError):
     """A tick file that cannot be read; the message names the file, the line and the column."""
 
 
-def read(path: Path) -> Iterator[Tick]:
+def read(path: Path) -> Generator[Tick]:
     """Ticks of a CSV file, plain or gzip, with a header line of `COLUMNS`, in the file's order.
 
     Nothing is judged: equal times, repeated rows and ask below bid are what real feeds hold. Raises BadTicks.

@@ -78,6 +78,9 @@ def with_aiohttp(daemon: Daemon, user: str, ca: Path) -> None:
                 await connection.send_bytes(message(user, number))
             await connection.close()
             assert connection.close_code == 1000
+        await asyncio.sleep(
+            0.25
+        )  # aiohttp's documentation, "Graceful Shutdown": TLS transports close after the session
 
     asyncio.run(talk())
 
