@@ -89,7 +89,6 @@ REFUSALS: Final = (
     VERSION_NOT_SUPPORTED,
 )
 
-CLOSE_NORMAL: Final = Close("normal", 1000, "", retryable=True)
 CLOSE_PROTOCOL_ERROR: Final = Close("protocol_error", 1002, "protocol error", retryable=False)
 CLOSE_TEXT: Final = Close("text_frame", 1003, "binary messages only", retryable=False)
 CLOSE_BAD_UTF8: Final = Close("bad_utf8", 1007, "invalid UTF-8", retryable=False)

@@ -50,5 +50,5 @@ def test_every_refusal_and_close_has_its_series_from_the_start() -> None:
     assert set(counters.handshakes) == set(HANDSHAKE_OUTCOMES)
     assert {refusal.code for refusal in refusals.REFUSALS} <= set(counters.handshakes)
     closes = {value.name for value in vars(refusals).values() if isinstance(value, refusals.Close)}
-    assert closes - {"normal"} <= set(CLOSE_OUTCOMES)
+    assert closes <= set(CLOSE_OUTCOMES)
     assert len({refusal.code for refusal in refusals.REFUSALS}) == len(refusals.REFUSALS)
