@@ -47,6 +47,7 @@ class Daemon:
         self._settings: dict[str, Any] = {
             "listen.port": 0,
             "sidecar.port": 0,
+            "spool.directory": "spool",
             "listen.handshakes_per_address_per_s": 0,
             "listen.max_pending_per_address": 0,
             **({} if self._embedded else {"kafka.bootstrap_servers": kafka}),

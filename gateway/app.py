@@ -1,8 +1,8 @@
 """The composition root: the only place that builds concrete objects and opens nurseries.
 
-Start order: sidecar, producer and delivery, heartbeat, the sessions' nursery, listener; ``READY=1`` once it listens and
-Kafka has answered. A drain goes the other way round: not ready, stop accepting, closing notices and close 1012, flush
-under a deadline.
+Start order: sidecar, producer and delivery, heartbeat, the sessions' nursery, listener; ``READY=1`` once it listens,
+Kafka has answered and the spool's records are on their way. A drain goes the other way round: not ready, stop
+accepting, closing notices and close 1012 slice by slice, flush under a deadline, spool the rest.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import platform
 import socket
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
+from trio_util import move_on_when
 
 from gateway import config, keys, refusals, systemd
 from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
 from gateway.egress.delivery import Delivery
 from gateway.egress.producer import KafkaProducer
+from gateway.egress.spool import Spool
+from gateway.egress.spooling import Replay, SpoolWriter
 from gateway.errors import ConfigError
 from gateway.ingress.connection import ConnectionLimits
 from gateway.ingress.handshake import Handshake
@@ -27,7 +31,7 @@ from gateway.ingress.heartbeat import Heartbeat
 from gateway.ingress.listener import Listener, open_listening_socket
 from gateway.ingress.readiness import Readiness
 from gateway.ingress.session import SessionContext
-from gateway.ingress.sessions import Sessions
+from gateway.ingress.sessions import Sessions, see_off
 from gateway.lifecycle import Lifecycle, handle_signals
 from gateway.sidecar import server
 from gateway.sidecar.asgi import Sidecar
@@ -45,13 +49,13 @@ TOPIC_CHECK_PAUSE_S: Final = 1.0
 """Between asking a Kafka that has not answered, or lacks a topic."""
 DEGRADED_S: Final = 1.0
 """A pause of reading that lasts this long is told to clients; a full queue in passing is not."""
-NOTICE_S: Final = 0.3
-"""How long a closing notice has to reach its client, and what the client sent before it to reach the gateway."""
-SETTLE_S: Final = 2.0
-"""How long a drain waits for Kafka's answers before it closes: what is answered by then is acked and not sent again."""
+SLICE_S: Final = 0.1
+"""Between the slices of sessions that a drain closes."""
+SPOOL_TIMEOUT_S: Final = 10.0
+"""How long the end of a drain may take to write the spool: a full default queue of 256 MiB at 26 MB/s."""
 ROUTING_SAMPLE_MASK: Final = 15
 """One turn in 16 goes into the routing histogram."""
-_RESTART_ONLY: Final = ("listen", "session", "kafka", "sidecar", "drain")
+_RESTART_ONLY: Final = ("listen", "session", "kafka", "sidecar", "drain", "spool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,9 @@ class Gateway:
         self._bootstrap_servers = bootstrap_servers or settings.kafka.bootstrap_servers
         self._routes_changed = trio.Event()
         self._degraded = False
+        self._hurry = trio.Event()
         self.lost = 0
-        """Messages given up by the drain or a hard stop."""
-        self.failed = False
-        """The daemon ended because it could not go on; with `lost`, what makes the exit status 1."""
+        """Messages given up by the drain and not in the spool, or by a hard stop: makes the exit status 1."""
         config.check_descriptors(settings.listen.max_connections)
         self._tls = keys.tls_context(settings.tls)
         self._build_egress()
@@ -103,6 +106,7 @@ class Gateway:
         self._producer = KafkaProducer(
             self._bootstrap_servers, config.kafka_properties(settings.kafka), self._counters, self._log
         )
+        self._open_spool()
         self._delivery = Delivery(
             self._producer,
             settings.table,
@@ -110,10 +114,19 @@ class Gateway:
             self._counters,
             gateway=f"{platform.node()}/{self._version}",
             log_refused=self._limited(self._log.error),
+            spool=self._spool_writer,
         )
-        self._producer.after_poll = self._delivery.retry_deferred
+        self._replay = None if self._spool is None else Replay(self._spool, self._delivery, self._counters, self._log)
         for message_type in settings.routes.topics:
             self._books.tally("", message_type)
+
+    def _open_spool(self) -> None:
+        settings = self._settings.spool
+        self._spool: Spool | None = None
+        self._spool_writer: SpoolWriter | None = None
+        if settings.directory is not None:
+            self._spool = Spool(Path(settings.directory), settings.max_bytes)
+            self._spool_writer = SpoolWriter(self._spool, self._limited(self._log.error))
 
     def _build_ingress(self) -> None:
         settings = self._settings
@@ -132,7 +145,10 @@ class Gateway:
         self._readiness = Readiness()
         self._readiness.timing = self._time_turn
         self._producer.on_room = self._resume
-        self._producer.on_fatal = self._fail
+        self._producer.on_broken = self._readiness.pause
+        if self._spool_writer is not None:
+            self._spool_writer.on_blocked = self._readiness.pause
+            self._spool_writer.on_unblocked = self._resume
         self._sessions = Sessions(
             SessionContext(
                 readiness=self._readiness,
@@ -170,6 +186,8 @@ class Gateway:
             self._sessions.tell_degraded(True)
 
     def _resume(self) -> None:
+        if self._producer.full or (self._spool_writer is not None and self._spool_writer.blocked):
+            return
         self._readiness.resume()
         if self._degraded and not self._readiness.paused:
             self._degraded = False
@@ -193,22 +211,25 @@ class Gateway:
             services.start_soon(self._readiness.run)
             services.start_soon(probe_loop_lag, self._counters)
             services.start_soon(systemd.feed_watchdog)
+            if self._spool_writer is not None:
+                services.start_soon(self._spool_writer.run)
             async with trio.open_nursery() as connections:
                 services.start_soon(listener.run, connections)
-                services.start_soon(self._watch_topics)
+                services.start_soon(self._watch_topics, services)
                 task_status.started(self._addresses(listener.port, sidecar_port))
                 await self._lifecycle.wait_drain()
-                await self._close_connections(listener)
+                async with move_on_when(self._hurry.wait):
+                    await self._close_connections(listener)
+                listener.close()
                 connections.cancel_scope.cancel()
-            await self._flush()
+            async with move_on_when(self._hurry.wait):
+                await self._delivery.flush(self._settings.drain.flush_timeout_s)
+            await self._give_up()
+            self._say_stopped()
             services.cancel_scope.cancel()
         self._lifecycle.state.value = "stopped"
-
-    def _fail(self) -> None:
-        """The producer can never send again: read nothing more and drain, to be restarted."""
-        self.failed = True
-        self._readiness.pause()
-        self._lifecycle.drain()
+        if self._spool is not None:
+            self._spool.close()
 
     async def wait_ready(self) -> None:
         """Wait until connections are admitted."""
@@ -249,8 +270,11 @@ class Gateway:
             kafka=self._bootstrap_servers,
         )
 
-    async def _watch_topics(self) -> None:
-        """Keep asking for the topics until all are there, then let connections in; again whenever routes change."""
+    async def _watch_topics(self, services: trio.Nursery) -> None:
+        """Keep asking for the topics until all are there, then let connections in; again whenever routes change.
+
+        What the spool holds goes out before anybody may connect.
+        """
         while True:
             self._routes_changed = trio.Event()
             topics = self._settings.table.all_topics()
@@ -258,6 +282,9 @@ class Gateway:
                 systemd.notify("STATUS=waiting for Kafka")
                 await trio.sleep(TOPIC_CHECK_PAUSE_S)
                 topics = self._settings.table.all_topics()
+            if self._replay is not None and self._replay.waiting:
+                systemd.notify("STATUS=sending what the spool holds")
+                await services.start(self._replay.run)
             if self._lifecycle.ready():
                 self._admission.closed = None
                 self._log.info("ready", topics=topics)
@@ -268,37 +295,53 @@ class Gateway:
         self, services: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         def stop_now() -> None:
-            self._log.warning("stopping at once", unconfirmed=len(self._producer))
-            self.lost += len(self._producer)
+            if not self._hurry.is_set():
+                self._log.warning("cutting the drain short", unconfirmed=len(self._delivery))
+                self._hurry.set()
+                return
+            self._log.error("stopping at once", unconfirmed=len(self._delivery))
+            self.lost += len(self._delivery)
             services.cancel_scope.cancel()
 
         await handle_signals(self._lifecycle, reload=self.reload, stop_now=stop_now, task_status=task_status)
 
     async def _close_connections(self, listener: Listener[Session]) -> None:
+        """Close all sessions, slice by slice over the configured window."""
+        drain = self._settings.drain
         self._admission.closed = refusals.DRAINING
+        if self._replay is not None:
+            self._replay.stop()
         systemd.notify("STOPPING=1", "STATUS=draining")
         self._log.info("draining", connections=len(self._sessions), in_flight=self._books.totals().in_flight)
         listener.close()
-        with trio.move_on_after(self._settings.drain.close_timeout_s):
-            if self._sessions.announce_restart():
-                with trio.move_on_after(SETTLE_S):
-                    await trio.sleep(NOTICE_S)
-                    await self._producer.flush(SETTLE_S)
+        slices = self._sessions.slices(max(1, int(drain.close_window_s / SLICE_S)))
+        with trio.move_on_after(drain.close_window_s + drain.close_timeout_s):
+            async with trio.open_nursery() as nursery:
+                for number, sessions in enumerate(slices):
+                    await trio.sleep(SLICE_S if number else 0)
+                    nursery.start_soon(see_off, sessions)
             await self._sessions.close_all()
 
-    async def _flush(self) -> None:
-        left = await self._producer.flush(self._settings.drain.flush_timeout_s)
-        if left:
-            await self._producer.purge()
+    async def _give_up(self) -> None:
+        """Spool what Kafka has not confirmed and what was read and not handed over."""
+        left = len(self._delivery)
+        unfinished = self._sessions.unfinished
+        if left or unfinished:
+            self._log.warning("drain ran out of time", unconfirmed=left, unfinished_connections=len(unfinished))
+            await self._delivery.give_up()
+            for session in unfinished:
+                session.resume()
+        self.lost += self._delivery.lost
+        if self._spool_writer is not None:
+            self.lost += await self._spool_writer.flush(SPOOL_TIMEOUT_S)
+        if self.lost:
             self._log.error(
-                "drain ran out of time",
-                given_up=left,
-                remedy="Kafka did not confirm them in time; clients must send them again",
+                "messages given up",
+                given_up=self.lost,
+                remedy="Kafka did not confirm them in time, and no spool has them; clients must send them again",
             )
-            self.lost += left
-        if self._sessions.abandoned:
-            self._log.error("messages read and not handed over", given_up=self._sessions.abandoned)
-            self.lost += self._sessions.abandoned
+
+    def _say_stopped(self) -> None:
         totals = self._books.totals()
         self._log.info(
             "stopped",
@@ -370,10 +413,14 @@ class Gateway:
             reasons.append("starting")
         if self._lifecycle.state.value in ("draining", "stopped"):
             reasons.append("draining")
+        if self._replay is not None and self._replay.waiting:
+            reasons.append("spool_not_sent_yet")
+        if self._spool_writer is not None and self._spool_writer.fault:
+            reasons.append(f"spool_unwritable: {self._spool_writer.fault}")
         if self._producer.missing_topics:
             reasons.append(f"topics_missing: {', '.join(self._producer.missing_topics)}")
-        elif self._producer.fatal:
-            reasons.append("kafka_producer_failed")
+        elif self._producer.broken:
+            reasons.append("kafka_producer_replaced")
         elif not self._producer.up:
             reasons.append("kafka_unavailable")
         if self._producer.full:
@@ -402,6 +449,11 @@ class Gateway:
                 "imbalance": totals.imbalance,
                 "unbalanced_companies": len(self._books.unbalanced_companies()),
             },
+            "spool": {
+                "directory": self._settings.spool.directory,
+                "waiting_records": len(self._spool_writer or ()),
+                "fault": self._spool_writer.fault if self._spool_writer is not None else "",
+            },
             "version": self._version,
         }
 
@@ -415,6 +467,8 @@ class Gateway:
                 paused=lambda: self._readiness.paused,
                 ready=lambda: not self._reasons(),
                 kafka_up=lambda: self._producer.up,
+                spool_waiting=lambda: len(self._spool_writer or ()),
+                spool_ok=lambda: self._spool_writer is None or not self._spool_writer.fault,
             ),
             self._version,
         )

@@ -145,7 +145,7 @@ async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_ka
         async with trio.open_nursery() as nursery:
             addresses: Addresses = await nursery.start(_until_done, gateway.run, nursery.cancel_scope)
             nursery.start_soon(announce, addresses)
-        return 1 if gateway.lost or gateway.failed else 0
+        return 1 if gateway.lost else 0
 
 
 async def _until_done(

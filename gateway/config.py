@@ -29,7 +29,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from gateway.core.principal import ALGORITHMS
 from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes, check_topic
-from gateway.egress.producer import OWN_PROPERTIES, PROPERTIES
+from gateway.egress.producer import OWN_PROPERTIES
 from gateway.errors import ConfigError
 
 ENV_PREFIX: Final = "GATEWAY_"
@@ -138,9 +138,15 @@ class RouteSettings(_Section):
 
 
 class KafkaSettings(_Section):
-    """The cluster; ``properties`` is handed to librdkafka (CONFIGURATION.md of librdkafka lists them)."""
+    """The cluster; ``properties`` is handed to librdkafka (CONFIGURATION.md of librdkafka lists them).
+
+    ``max_queued_messages`` and ``max_queued_bytes`` (of values) are what the producer holds while Kafka does not
+    answer; when either is reached, nothing more is read from clients.
+    """
 
     bootstrap_servers: str = "127.0.0.1:9092"
+    max_queued_messages: Annotated[int, Field(ge=1, le=10_000_000)] = 200_000
+    max_queued_bytes: Annotated[int, Field(ge=65_536, le=1 << 36)] = 256 * 1024 * 1024
     properties: dict[str, _Property] = {}
     property_files: dict[str, str] = {}
     """Properties whose value is a file's content, for secrets: ``"sasl.password" = "credential:kafka"``."""
@@ -167,9 +173,24 @@ class LogSettings(_Section):
     format: Literal["json", "console"] = "json"
 
 
-class DrainSettings(_Section):
-    """How long a shutdown takes at most: closing connections, then flushing to Kafka."""
+class SpoolSettings(_Section):
+    """The place on disk for what Kafka does not take; without a ``directory``, systemd's state directory, if any.
 
+    An empty ``directory`` is none, under systemd too.
+    """
+
+    directory: str | None = None
+    max_bytes: Annotated[int, Field(ge=65_536, le=1 << 40)] = 1024 * 1024 * 1024
+
+
+class DrainSettings(_Section):
+    """How long a shutdown takes at most: the closes' spread, closing, flushing to Kafka; then the spool is written.
+
+    Connections are closed over ``close_window_s``, so that their clients do not all come back at once, or faster
+    when there are few.
+    """
+
+    close_window_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 3.0
     close_timeout_s: _Seconds = 10.0
     flush_timeout_s: _Seconds = 20.0
     reconnect_window_ms: Annotated[int, Field(ge=0, le=600_000)] = 5_000
@@ -196,6 +217,7 @@ class Settings(BaseSettings):
     sidecar: SidecarSettings = SidecarSettings()
     log: LogSettings = LogSettings()
     drain: DrainSettings = DrainSettings()
+    spool: SpoolSettings = SpoolSettings()
 
     @model_validator(mode="after")
     def _fit_together(self) -> Settings:
@@ -206,9 +228,8 @@ class Settings(BaseSettings):
                 f"listen.max_message_bytes {self.listen.max_message_bytes}"
                 f" does not fit into Kafka's message.max.bytes {limit}"
             )
-        name = "queue.buffering.max.kbytes"
-        if _whole_number(self.kafka.properties, name, PROPERTIES[name]) * 1024 < 4 * self.listen.max_message_bytes:
-            raise ValueError("kafka.properties: queue.buffering.max.kbytes holds fewer than four messages")
+        if self.kafka.max_queued_bytes < 4 * self.listen.max_message_bytes:
+            raise ValueError("kafka.max_queued_bytes holds fewer than four messages of listen.max_message_bytes")
         return self
 
     @property
@@ -327,7 +348,10 @@ def _with_paths(settings: Settings, directory: Path) -> Settings:
             return name
         return str(Path(credentials) / name.removeprefix(CREDENTIAL))
 
-    tls, auth, kafka = settings.tls, settings.auth, settings.kafka
+    tls, auth, kafka, spool = settings.tls, settings.auth, settings.kafka, settings.spool
+    state = os.environ.get("STATE_DIRECTORY")  # systemd.exec(5): StateDirectory=, more than one joined by colons
+    default = f"{state.partition(':')[0]}/spool" if state else None
+    spool_directory = (default if spool.directory is None else spool.directory) or None
     settings = settings.model_copy(
         update={
             "tls": tls.model_copy(
@@ -346,6 +370,7 @@ def _with_paths(settings: Settings, directory: Path) -> Settings:
                     ),
                 }
             ),
+            "spool": spool.model_copy(update={"directory": whole("spool.directory", spool_directory)}),
             "kafka": kafka.model_copy(
                 update={
                     "property_files": {
@@ -361,8 +386,12 @@ def _with_paths(settings: Settings, directory: Path) -> Settings:
 
 
 def kafka_properties(settings: KafkaSettings) -> dict[str, _Property]:
-    """The properties with the contents of ``property_files``. Raises ConfigError naming the file."""
-    properties = dict(settings.properties)
+    """What librdkafka is given: properties, contents of ``property_files``, the queue's bounds. Raises ConfigError."""
+    properties = {
+        **settings.properties,
+        "queue.buffering.max.messages": settings.max_queued_messages,
+        "queue.buffering.max.kbytes": settings.max_queued_bytes // 1024,
+    }
     for name, file in settings.property_files.items():
         try:
             properties[name] = Path(file).read_text().rstrip("\n")

@@ -5,6 +5,7 @@
     GatewayError                    everything the gateway raises on purpose
     ├── ConfigError                 settings that cannot be used; carries every fault, each with its path
     ├── StartupError                a resource that cannot be had: port, certificate, key, broker setting
+    ├── SpoolError                  the spool's directory cannot be used, or takes nothing more
     ├── Refused                     a handshake that ends with an HTTP answer; carries a refusals.Refusal
     ├── NotAnEnvelope               bytes that are not a MessageEnvelope
     └── ClientError                 the client side (gateway.client)
@@ -42,6 +43,10 @@ class ConfigError(GatewayError):
 
 class StartupError(GatewayError):
     """A resource the daemon needs cannot be had; the message names it."""
+
+
+class SpoolError(GatewayError):
+    """The spool cannot be used, or takes nothing more; the message names the directory."""
 
 
 class Refused(GatewayError):

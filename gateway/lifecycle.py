@@ -6,7 +6,7 @@
         └───────────────────┘
 
 ``starting`` ends when the listener listens and Kafka has answered for every topic. The first SIGTERM or SIGINT drains,
-a second one stops at once, SIGHUP reloads.
+a second one cuts the drain short, a third one stops at once, SIGHUP reloads.
 """
 
 from __future__ import annotations

@@ -113,8 +113,9 @@ DEAD_LETTER_REASONS: Final = (
     REASON_KAFKA_REFUSED,
 )
 
-DROP_DEAD_LETTER_REFUSED: Final = "dead_letter_refused"
+GIVEN_UP_DEAD_LETTER_REFUSED: Final = "dead_letter_refused"
 """Kafka refused the record and its dead letter."""
-DROP_DRAIN_TIMEOUT: Final = "drain_timeout"
+GIVEN_UP_DRAIN_TIMEOUT: Final = "drain_timeout"
 """Still unconfirmed when the drain ran out of time."""
-DROP_REASONS: Final = (DROP_DEAD_LETTER_REFUSED, DROP_DRAIN_TIMEOUT)
+GIVEN_UP_REASONS: Final = (GIVEN_UP_DEAD_LETTER_REFUSED, GIVEN_UP_DRAIN_TIMEOUT)
+"""Why a message is spooled, or dropped where there is no spool."""

@@ -112,7 +112,7 @@ def test_kafka_secrets_come_from_files(toml: Path) -> None:
     [
         ('[tls]\ncert_file = "c.pem"', "tls: cert_file and key_file belong together"),
         ("[listen]\nmax_message_bytes = 8000000", "does not fit into Kafka's message.max.bytes"),
-        ('[kafka]\nproperties = { "queue.buffering.max.kbytes" = 10 }', "holds fewer than four messages"),
+        ("[kafka]\nmax_queued_bytes = 100000", "holds fewer than four messages"),
         ("[listen]\nhandshake_timeout_s = 0", "listen.handshake_timeout_s: Input should be greater than 0"),
         ("[listen]\nhandshake_timeout_s = nan", "listen.handshake_timeout_s: "),
         ("[routes]\ntopics = {}", "routes.topics: "),

@@ -122,7 +122,7 @@ def test_full_queue_stops_reading_and_says_so_until_kafka_is_back(start_daemon: 
     with Daemon(settings={"log.level": "warning"}) as kafka:
         daemon = start_daemon(
             kafka.kafka,
-            settings={"kafka.properties": {"queue.buffering.max.messages": 200}, "session.ack_interval_ms": 50},
+            settings={"kafka.max_queued_messages": 200, "session.ack_interval_ms": 50},
         )
         message = MessageEnvelope(message_type="tick_data", user_id="pressed", company_id="acme", payload=bytes(900))
         with (

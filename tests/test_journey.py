@@ -232,13 +232,13 @@ def test_drain_ends_in_time_when_clients_do_not_answer(start_daemon: Callable[..
         assert time.monotonic() - began < 10
 
 
-def test_what_kafka_did_not_confirm_by_the_end_of_a_drain_is_counted_and_said(
+def test_what_kafka_did_not_confirm_by_the_end_of_a_drain_is_counted_and_said_where_there_is_no_spool(
     start_daemon: Callable[..., Daemon],
 ) -> None:
     from bench.daemon import Daemon as Running
 
     with Running(settings={"log.level": "warning"}) as host:
-        daemon = start_daemon(host.kafka, settings={"drain.flush_timeout_s": 1})
+        daemon = start_daemon(host.kafka, settings={"drain.flush_timeout_s": 1, "spool.directory": ""})
         with RawClient(daemon.url) as connection:
             connection.upgrade(daemon.token())
             host.signal(signal.SIGSTOP)  # Kafka stops answering

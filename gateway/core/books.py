@@ -23,6 +23,7 @@ UNKNOWN_TYPE: Final = "unknown"
 class Tally:
     """Counts of one company's messages of one type. Plain ints: the hot path adds to them directly."""
 
+    message_type: str = ""
     received: int = 0
     received_bytes: int = 0
     delivered: int = 0
@@ -46,7 +47,7 @@ class Tally:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-_COUNTS: Final = tuple(count.name for count in fields(Tally))
+_COUNTS: Final = tuple(count.name for count in fields(Tally) if count.name != "message_type")
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class Books:
     def tally(self, company_id: str, message_type: str) -> Tally:
         """The tally to count into; valid while the company is connected or has messages in flight."""
         tallies = self._companies.setdefault(company_id, _Company()).tallies
-        return tallies.setdefault(message_type, Tally())
+        return tallies.setdefault(message_type, Tally(message_type))
 
     def fold(self) -> None:
         """Move the tallies of companies that are gone into the remainder."""

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from gateway.core.ports import Origin
 
 
-def headers(origin: Origin, reason: str, received_at: float, gateway: str) -> list[tuple[str, str | bytes | None]]:
+def headers(origin: Origin, reason: str, received_at: float, gateway: str) -> list[tuple[str, bytes]]:
     """The record headers; ``received_at`` in seconds since the epoch goes out in whole milliseconds."""
     return [
         ("reason", reason.encode()),

@@ -1,10 +1,11 @@
 """From a routed message to its place in the books.
 
 `Delivery` is the `Egress` of the sessions. A message counts as in flight from the moment the producer has taken it
-until Kafka's report; the report runs on the Trio thread, inside `KafkaProducer.poll`.
+until Kafka's report, or until the spool has it; reports run on the Trio thread, inside `KafkaProducer.poll`.
 
-What Kafka refuses for good becomes a dead letter; when the dead-letter topic refuses that too, the message is
-dropped, counted and logged (the place of the spool).
+What Kafka refuses for good becomes a dead letter; when the dead-letter topic refuses that too, and when a drain has
+waited long enough (`give_up`), it goes to the spool; without a spool it is dropped, counted and logged. What a broken
+producer hands back waits in ``_deferred``, in order, for the next one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import trio
 from confluent_kafka import KafkaError, KafkaException
 from google.protobuf.message import DecodeError
 
@@ -21,15 +23,19 @@ from gateway import refusals
 from gateway.core.books import UNKNOWN_TYPE
 from gateway.core.ports import QueueFull
 from gateway.egress.deadletter import headers
+from gateway.egress.producer import POLL_BUSY_S
+from gateway.egress.spool import Record
+from gateway.egress.spooling import SpooledOrigin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.core.books import Books, Tally
     from gateway.core.ports import Lane as LanePort
-    from gateway.core.ports import Origin
+    from gateway.core.ports import Origin, Reporting
     from gateway.core.routing import Routes
     from gateway.egress.producer import KafkaProducer
+    from gateway.egress.spooling import SpoolWriter
     from gateway.telemetry.logging import RateLimited
     from gateway.telemetry.metrics import Counters
 
@@ -37,6 +43,21 @@ SAMPLE_MASK: Final = 15
 """One delivery in 16 of a tally goes into the latency histogram: observing costs as much as the rest of a report."""
 
 _PURGED: Final = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)  # their public spelling
+_BROKEN: Final = frozenset(
+    {
+        KafkaError._FATAL,
+        KafkaError._FENCED,
+        KafkaError._MSG_TIMED_OUT,
+        KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER,
+        KafkaError.UNKNOWN_PRODUCER_ID,
+        KafkaError.INVALID_PRODUCER_EPOCH,
+        KafkaError.PRODUCER_FENCED,
+    }
+)
+"""Not the record's fault: the producer that sent it can send nothing more, or has left a gap in its sequence
+(librdkafka, INTRODUCTION.md, idempotent producer)."""
+
+Headers = list[tuple[str, bytes]]
 
 
 class Lane:
@@ -73,10 +94,10 @@ class Report:
     """One message on its way, with what is needed when it is refused, and when it is settled.
 
     ``original`` is the message as received, None where the record holds it; ``index`` its number in its connection,
-    0 where nobody counts.
+    0 where nobody counts; ``headers`` are there once it is a dead letter.
     """
 
-    __slots__ = ("_delivery", "index", "origin", "original", "tally")
+    __slots__ = ("_delivery", "headers", "index", "origin", "original", "tally")
 
     def __init__(self, delivery: Delivery, origin: Origin, tally: Tally, original: bytes | None, index: int) -> None:
         self._delivery = delivery
@@ -84,9 +105,10 @@ class Report:
         self.tally = tally
         self.original = original
         self.index = index
+        self.headers: Headers | None = None
 
     def on_delivery(self, error: Any, message: Any) -> None:
-        """Kafka's report on the record."""
+        """Kafka's report on the record, or on the dead letter."""
         if error is not None:
             if self.original is None:
                 self.original = message.value()
@@ -94,21 +116,14 @@ class Report:
             return
         tally = self.tally
         tally.in_flight -= 1
-        tally.delivered += 1
-        tally.delivered_bytes += len(message)
-        if not tally.delivered & SAMPLE_MASK:
-            self._delivery.observe(message.latency())
-        self.origin.settle(self.index)
-
-    def on_dead_letter(self, error: Any, message: Any) -> None:
-        """Kafka's report on the dead letter."""
-        if error is not None:
-            self._delivery.dead_letter_failed(self, error)
-            return
-        tally = self.tally
-        tally.in_flight -= 1
-        tally.dead_lettered += 1
-        tally.dead_lettered_bytes += self.size
+        if self.headers is None:
+            tally.delivered += 1
+            tally.delivered_bytes += len(message)
+            if not tally.delivered & SAMPLE_MASK:
+                self._delivery.observe(message.latency())
+        else:
+            tally.dead_lettered += 1
+            tally.dead_lettered_bytes += self.size
         self.origin.settle(self.index)
 
     @property
@@ -131,15 +146,26 @@ class Delivery:
         *,
         gateway: str,
         log_refused: RateLimited,
+        spool: SpoolWriter | None = None,
     ) -> None:
         self.produce = producer.produce
         self.routes = routes
+        self.lost = 0
+        """Messages dropped by `give_up` because there was no spool."""
         self._producer = producer
         self._books = books
         self._counters = counters
         self._gateway = gateway
         self._log_refused = log_refused
+        self._spool = spool
+        self._given_up = False
         self._deferred: deque[Callable[[], None]] = deque()
+        producer.after_poll = self._retry_deferred
+        producer.on_renewed = self._renewed
+
+    def __len__(self) -> int:
+        """Messages that Kafka has not answered for and that are not in the spool's hands."""
+        return len(self._producer) + len(self._deferred)
 
     # The Egress port
 
@@ -152,12 +178,12 @@ class Delivery:
 
     def send(self, lane: LanePort, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
         """Queue ``raw + stamp`` and count it. Raises QueueFull."""
-        report = lane.report(raw if stamp else None, index) if stamp or index else lane
+        if stamp or index or self._given_up:
+            report: Reporting = lane.report(raw if stamp else None, index)
+        else:
+            report = lane
         try:
-            self.produce(lane.topic, raw + stamp, origin.principal.user_id.encode(), -1, report.on_delivery)
-        except BufferError:
-            self._producer.note_full()
-            raise QueueFull from None
+            self._produce(report, lane.topic, raw + stamp, origin)
         except KafkaException as error:
             self._log_refused("record refused", topic=lane.topic, error=str(error), path=origin.path)
             self._queue_dead_letter(
@@ -171,6 +197,42 @@ class Delivery:
         self._queue_dead_letter(Report(self, origin, tally, raw, index), reason, time.time())
         _count_received(tally, raw)
 
+    # The spool's side
+
+    def replay(self, record: Record, origin: SpooledOrigin) -> None:
+        """Queue a spooled record again and count it as received. Raises QueueFull."""
+        if self._deferred:
+            raise QueueFull
+        tally = self._books.tally(record.company_id, record.message_type)
+        raw = record.value[: record.original_bytes]
+        report = Report(self, origin, tally, raw, 1)
+        report.headers = record.headers
+        try:
+            self._produce(report, record.topic, record.value, origin)
+        except KafkaException as error:
+            self._refused(report, record.topic, error.args[0])
+        _count_received(tally, raw)
+
+    async def flush(self, timeout_s: float) -> int:
+        """Send what is queued for up to ``timeout_s`` seconds; return how many messages are left."""
+        with trio.move_on_after(timeout_s):
+            while len(self):
+                self._producer.poll()
+                await trio.sleep(POLL_BUSY_S)
+        return len(self)
+
+    async def give_up(self) -> None:
+        """Wait for Kafka no longer: what it has not confirmed, and whatever is handed over from now on, is spooled.
+
+        Bounded by `PURGE_TIMEOUT_S`.
+        """
+        self._given_up = True
+        self.produce = _no_room
+        if self._producer.broken:
+            self._retry_deferred()  # what it has handed back is older than what it still holds
+        await self._producer.purge()
+        self._retry_deferred()
+
     # Kafka's reports
 
     def observe(self, latency_s: float | None) -> None:
@@ -179,61 +241,122 @@ class Delivery:
             self._counters.delivery_s.observe(latency_s, SAMPLE_MASK + 1)
 
     def failed(self, report: Report, error: Any, message: Any) -> None:
-        """A record is refused for good: make it a dead letter, or drop it when the producer was purged."""
-        if error.code() in _PURGED:
-            self._drop(report, refusals.DROP_DRAIN_TIMEOUT)
+        """A record will not get through: find its next place."""
+        code, topic, value = error.code(), message.topic(), message.value() or b""
+        if code in _BROKEN:
+            self._producer.note_broken(error.str())
+        if self._given_up:
+            self._put_aside(report, topic, value, code == KafkaError._PURGE_INFLIGHT)
+        elif self._producer.broken or code in _PURGED:
+            self._deferred.append(partial(self._produce, report, topic, value, report.origin))
+        else:
+            self._refused(report, topic, error, message.latency() or 0.0)
+
+    def _refused(self, report: Report, topic: str, error: Any, age_s: float = 0.0) -> None:
+        """Kafka refuses a record for good: make it a dead letter, or spool that."""
+        if report.headers is not None:
+            self._dead_letter_refused(report, error.str())
             return
-        self._log_refused("record refused", topic=message.topic(), error=error.str(), path=report.origin.path)
-        received_at = time.time() - (message.latency() or 0.0)
-        self._or_later(partial(self._queue_dead_letter, report, refusals.REASON_KAFKA_REFUSED, received_at))
+        self._log_refused("record refused", topic=topic, error=error.str(), path=report.origin.path)
+        self._or_later(partial(self._queue_dead_letter, report, refusals.REASON_KAFKA_REFUSED, time.time() - age_s))
 
-    def dead_letter_failed(self, report: Report, error: Any) -> None:
-        """A dead letter is refused too, or purged: the message is dropped."""
-        if error.code() in _PURGED:
-            self._drop(report, refusals.DROP_DRAIN_TIMEOUT)
+    # Onward
+
+    def _produce(self, report: Reporting, topic: str, value: bytes, origin: Origin) -> None:
+        """Queue a record or a dead letter. Raises QueueFull, and KafkaException for what Kafka can never take."""
+        key = origin.principal.user_id.encode()
+        if self._given_up:
+            assert isinstance(report, Report)  # noqa: S101  # `send` makes nothing else then
+            if report.original is None:
+                report.original = value
+            self._put_aside(report, topic, value, uncertain=False)
             return
-        self._give_up(report, error.str())
-
-    def retry_deferred(self) -> None:
-        """Queue the dead letters that found no room while reports were being read."""
-        for _ in range(len(self._deferred)):
-            self._or_later(self._deferred.popleft())
-
-    def _or_later(self, queue: Callable[[], None]) -> None:
+        if self._producer.broken:
+            raise QueueFull
         try:
-            queue()
-        except QueueFull:  # bounded by what was in flight: each failed record made room for its dead letter
-            self._deferred.append(queue)
-
-    def _queue_dead_letter(self, report: Report, reason: str, received_at: float) -> None:
-        origin = report.origin
-        try:
-            self._producer.produce_with_headers(
-                self.routes.dead_letter,
-                report.original or b"",
-                origin.principal.user_id.encode(),
-                report.on_dead_letter,
-                headers(origin, reason, received_at, self._gateway),
-            )
+            if isinstance(report, Report) and report.headers is not None:
+                self._producer.produce_with_headers(topic, value, key, report.on_delivery, report.headers)
+            else:
+                self._producer.produce(topic, value, key, -1, report.on_delivery)
         except BufferError:
             self._producer.note_full()
             raise QueueFull from None
         except KafkaException as error:
-            self._give_up(report, str(error))
-            return
+            if error.args[0].code() in _BROKEN:
+                self._producer.note_broken(error.args[0].str())
+                raise QueueFull from None
+            raise
+
+    def _queue_dead_letter(self, report: Report, reason: str, received_at: float) -> None:
+        origin = report.origin
+        report.headers = headers(origin, reason, received_at, self._gateway)
+        try:
+            self._produce(report, self.routes.dead_letter, report.original or b"", origin)
+        except QueueFull:
+            report.headers = None
+            raise
+        except KafkaException as error:
+            self._dead_letter_refused(report, error.args[0].str())
+            if self._spool is None:
+                return
         self._counters.dead_letters[reason] += 1
         origin.note_rejected(reason, report.index)
 
-    def _give_up(self, report: Report, error: str) -> None:
-        """Drop a message whose dead letter is refused too, and report it to its client, which settles it.
+    def _dead_letter_refused(self, report: Report, error: str) -> None:
+        topic = self.routes.dead_letter
+        self._log_refused("dead letter refused", topic=topic, error=error)
+        reason = refusals.GIVEN_UP_DEAD_LETTER_REFUSED
+        if self._spool is not None:
+            self._to_spool(self._spool, report, topic, report.original or b"", reason, uncertain=False)
+            return
+        self._drop(report, reason)
+        report.origin.note_rejected(reason, report.index)  # dropped and reported: that settles it
+        report.origin.settle(report.index)
 
-        Not settled when the producer has failed for good: then the client sends it again, to the next process.
-        """
-        self._log_refused("dead letter refused", topic=self.routes.dead_letter, error=error)
-        self._drop(report, refusals.DROP_DEAD_LETTER_REFUSED)
-        if not self._producer.fatal:
-            report.origin.note_rejected(refusals.DROP_DEAD_LETTER_REFUSED, report.index)
-            report.origin.settle(report.index)
+    def _put_aside(self, report: Report, topic: str, value: bytes, uncertain: bool) -> None:
+        """Spool a message that the drain gives up; without a spool drop it, never settled."""
+        reason = refusals.GIVEN_UP_DRAIN_TIMEOUT
+        if isinstance(report.origin, SpooledOrigin):
+            self._count_spooled(report, reason)  # where it came from it still is
+        elif self._spool is not None:
+            self._to_spool(self._spool, report, topic, value, reason, uncertain)
+        else:
+            self.lost += 1
+            self._drop(report, reason)
+
+    def _to_spool(
+        self, spool: SpoolWriter, report: Report, topic: str, value: bytes, reason: str, uncertain: bool
+    ) -> None:
+        origin = report.origin
+        principal = origin.principal
+        record = Record(
+            topic=topic,
+            key=principal.user_id.encode(),
+            value=value,
+            original_bytes=report.size,
+            headers=report.headers,
+            user_id=principal.user_id,
+            company_id=principal.company_id,
+            message_type=report.tally.message_type,
+            path=origin.path,
+            connection_id=origin.connection_id,
+            spooled_at_ms=time.time_ns() // 1_000_000,
+            reason=reason,
+            uncertain=uncertain,
+        )
+
+        def done() -> None:
+            self._count_spooled(report, reason)
+            origin.settle(report.index)
+
+        spool.add(record, done)
+
+    def _count_spooled(self, report: Report, reason: str) -> None:
+        tally = report.tally
+        tally.in_flight -= 1
+        tally.spooled += 1
+        tally.spooled_bytes += report.size
+        self._counters.spooled[reason] += 1
 
     def _drop(self, report: Report, reason: str) -> None:
         """Count a message as dropped. It counts as in flight before, or is about to be counted by the caller."""
@@ -242,6 +365,40 @@ class Delivery:
         tally.dropped += 1
         tally.dropped_bytes += report.size
         self._counters.drops[reason] += 1
+
+    # What waits for room
+
+    def _or_later(self, queue: Callable[[], None]) -> None:
+        try:
+            queue()
+        except QueueFull:  # bounded by what was in flight: each failed record made room for what follows it
+            self._deferred.append(queue)
+
+    def _retry_deferred(self) -> bool:
+        """Queue in order what found no room before; true while some is left."""
+        deferred = self._deferred
+        while deferred:
+            try:
+                deferred[0]()
+            except QueueFull:
+                return True
+            except KafkaException as error:  # the record was taken once; it is not now
+                queue = deferred[0]
+                assert isinstance(queue, partial)  # noqa: S101  # of `_produce`: `_queue_dead_letter` does not raise it
+                report, topic = queue.args[:2]
+                self._refused(report, topic, error.args[0])
+            deferred.popleft()
+        return False
+
+    def _renewed(self) -> None:
+        if not self._given_up:
+            self.produce = self._producer.produce
+            self._retry_deferred()
+
+
+def _no_room(*_: object) -> None:
+    """Stands in for `KafkaProducer.produce` where nothing may be produced."""
+    raise BufferError
 
 
 def _count_received(tally: Tally, raw: bytes) -> None:

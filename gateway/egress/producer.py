@@ -4,6 +4,10 @@ States, seen from outside: not reached (no broker has answered for the topics ye
 ``up`` or not, as librdkafka's statistics say. ``full`` is independent of it: from a BufferError until a quarter of
 what was queued then has gone.
 
+An idempotent producer can fail for good (fenced, out of sequence), or wait for ever for a producer id. It is
+``broken`` then, until another one has taken its place (`_renew`): the old one is purged, its reports hand everything it
+held back to `Delivery` in order, and that queues it again. What was under way may then be in Kafka twice.
+
 Delivery reports are read by one task calling ``poll(0)`` on the Trio thread, so everything they touch lives on one
 thread and needs no lock.
 """
@@ -11,6 +15,8 @@ thread and needs no lock.
 from __future__ import annotations
 
 import json
+import math
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +40,11 @@ ROOM_AGAIN: Final = 0.75
 METADATA_TIMEOUT_S: Final = 3.0
 PURGE_TIMEOUT_S: Final = 2.0
 STATISTICS_INTERVAL_MS: Final = 1000
+STUCK_MS: Final = 30_000
+"""An idempotent producer that is connected and has waited this long for its producer id is given up."""
+RENEW_PAUSE_S: Final = 1.0
+MAX_RENEW_PAUSE_S: Final = 30.0
+"""Between renewals, doubling while they follow each other: what broke one producer may break the next at once."""
 
 PROPERTIES: Final[Mapping[str, str | int | float | bool]] = {
     "enable.idempotence": True,  # no duplicates and order per partition through retries; implies acks=all
@@ -42,11 +53,13 @@ PROPERTIES: Final[Mapping[str, str | int | float | bool]] = {
     "compression.type": "lz4",
     "linger.ms": 5,
     "batch.num.messages": 10_000,
-    "queue.buffering.max.messages": 200_000,
-    "queue.buffering.max.kbytes": 262_144,
     # librdkafka must not give up on a record while the queue still bounds memory: an expired record would be lost, and
     # fences an idempotent producer. 0 is for ever.
     "message.timeout.ms": 0,
+    # Every broker is tried again within a second: after an outage nothing waits longer than Kafka does.
+    "reconnect.backoff.ms": 50,
+    "reconnect.backoff.max.ms": 1000,
+    "retry.backoff.max.ms": 500,
     "socket.keepalive.enable": True,
     "statistics.interval.ms": STATISTICS_INTERVAL_MS,
     "log_level": 4,
@@ -59,6 +72,10 @@ OWN_PROPERTIES: Final = frozenset(
         "enable.idempotence",
         "acks",
         "partitioner",
+        "message.timeout.ms",
+        "delivery.timeout.ms",
+        "queue.buffering.max.messages",
+        "queue.buffering.max.kbytes",
         "statistics.interval.ms",
         "delivery.report.only.error",
     }
@@ -82,23 +99,29 @@ class KafkaProducer:
         self.reached = False
         self.up = False
         self.full = False
-        self.fatal = ""
-        """Why the producer can never send again (fenced, out of sequence); empty while it can."""
+        self.broken = ""
+        """Why the present producer can never send again, until another has taken its place; empty while it can."""
         self.missing_topics: tuple[str, ...] = ()
         self._room_at = 0
+        self._renew_pause_s = RENEW_PAUSE_S
+        self._renewed_at = -math.inf
         self.on_room: Callable[[], None] = lambda: None
-        self.on_fatal: Callable[[], None] = lambda: None
-        self.after_poll: Callable[[], None] = lambda: None
+        self.on_broken: Callable[[], None] = lambda: None
+        self.on_renewed: Callable[[], None] = lambda: None
+        self.after_poll: Callable[[], bool] = lambda: False
+        """Called after every poll; true while there is more to queue than there was room for."""
         self._last_error = ""
+        self._properties = {**PROPERTIES, **properties, "bootstrap.servers": bootstrap_servers}
+        self._open()
+
+    def _open(self) -> None:
         try:
             self._producer = Producer(
                 {
-                    **PROPERTIES,
-                    **properties,
-                    "bootstrap.servers": bootstrap_servers,
+                    **self._properties,
                     "error_cb": self._on_error,
                     "stats_cb": self._on_statistics,
-                    "logger": _RdkafkaLog(log),
+                    "logger": _RdkafkaLog(self._log),
                 }
             )
         except (KafkaException, ValueError, TypeError) as error:
@@ -117,38 +140,69 @@ class KafkaProducer:
         value: bytes,
         key: bytes,
         on_delivery: Callable[[Any, Any], None],
-        headers: list[tuple[str, str | bytes | None]],
+        headers: list[tuple[str, bytes]],
     ) -> None:
         """Queue one record with headers. Raises BufferError when there is no room."""
-        self._producer.produce(topic, value, key, on_delivery=on_delivery, headers=headers)
+        self._producer.produce(topic, value, key, on_delivery=on_delivery, headers=[*headers])
 
     def note_full(self) -> None:
         """A record found no room; `on_room` is called when there is some again."""
+        self._room_at = int(len(self._producer) * ROOM_AGAIN)
         if not self.full:
             self.full = True
             self._counters.pauses += 1
-            self._room_at = int(len(self._producer) * ROOM_AGAIN)
+
+    def note_broken(self, reason: str) -> None:
+        """The producer can never send again; `run` replaces it. Until `on_room` nothing may be produced."""
+        self.up = False
+        if not self.broken:
+            self.broken = reason
+            self.full = True
+            self._room_at = sys.maxsize
+            self._log.error("the producer failed for good", error=reason, remedy="another one takes its place")
+            self.on_broken()
 
     def poll(self) -> None:
         """Read the delivery reports that are there, and say so if a full queue has room again.
 
-        confluent-kafka raises a fatal error of the idempotent producer from here instead of reporting it: nothing can
-        be produced any more, see `fatal`.
+        confluent-kafka raises a fatal error of the idempotent producer from here instead of reporting it.
         """
         try:
             self._producer.poll(0)
         except KafkaException as error:
-            self._note_fatal(error)
-        self.after_poll()
-        if self.full and not self.fatal and len(self._producer) <= self._room_at:
+            self.note_broken(error.args[0].str())
+        crowded = self.after_poll()
+        if self.full and not self.broken and not crowded and len(self._producer) <= self._room_at:
             self.full = False
             self.on_room()
 
     async def run(self) -> None:
-        """Poll until cancelled."""
+        """Poll, and replace a broken producer, until cancelled."""
         while True:
             self.poll()
+            if self.broken:
+                await self._renew()
             await trio.sleep(POLL_BUSY_S if len(self._producer) else POLL_QUIET_S)
+
+    async def _renew(self) -> None:
+        """Put another producer in the place of the broken one; everything that one held has been reported by then."""
+        if trio.current_time() - self._renewed_at < MAX_RENEW_PAUSE_S:
+            await trio.sleep(self._renew_pause_s)
+            self._renew_pause_s = min(MAX_RENEW_PAUSE_S, self._renew_pause_s * 2)
+        else:
+            self._renew_pause_s = RENEW_PAUSE_S
+        old = [self._producer]
+        old[0].purge()
+        while len(old[0]):
+            self.poll()
+            await trio.sleep(POLL_BUSY_S)
+        self._open()
+        self.broken = ""
+        self._renewed_at = trio.current_time()
+        self._counters.renewals += 1
+        self._log.warning("another producer has taken over")
+        self.on_renewed()
+        await trio.to_thread.run_sync(old.clear, abandon_on_cancel=True)  # joins librdkafka's threads
 
     async def check_topics(self, topics: list[str]) -> bool:
         """Ask the cluster for each topic, in a thread; true when all are there.
@@ -179,28 +233,16 @@ class KafkaProducer:
                 missing.append(topic)
         return missing
 
-    async def flush(self, timeout_s: float) -> int:
-        """Send what is queued for up to ``timeout_s`` seconds; return how many records are left."""
-        with trio.move_on_after(timeout_s):
-            while len(self._producer):
-                self.poll()
-                await trio.sleep(POLL_BUSY_S)
-        return len(self._producer)
-
     async def purge(self) -> None:
         """Give up on everything queued or in flight; each record's report says so before this returns.
 
         The reports come from librdkafka's threads: waits for them, `PURGE_TIMEOUT_S` at most.
         """
         self._producer.purge()
-        await self.flush(PURGE_TIMEOUT_S)
-
-    def _note_fatal(self, error: KafkaException) -> None:
-        self.up = False
-        if not self.fatal:
-            self.fatal = error.args[0].str()
-            self._log.error("the producer failed for good", error=self.fatal, remedy="the gateway drains and ends")
-            self.on_fatal()
+        with trio.move_on_after(PURGE_TIMEOUT_S):
+            while len(self._producer):
+                self.poll()
+                await trio.sleep(POLL_BUSY_S)
 
     def _note_unreachable(self, reason: str) -> None:
         if reason != self._last_error:
@@ -216,8 +258,14 @@ class KafkaProducer:
             self._log.warning("Kafka error", error=error.str(), code=error.name())
 
     def _on_statistics(self, statistics: str) -> None:
-        brokers = json.loads(statistics).get("brokers", {})
-        up = not self.fatal and any(broker.get("state") == "UP" for broker in brokers.values())
+        values = json.loads(statistics)
+        up = not self.broken and any(broker.get("state") == "UP" for broker in values.get("brokers", {}).values())
+        eos = values.get("eos", {})
+        if up and len(self._producer) and eos.get("idemp_state") != "Assigned":
+            waited_ms = eos.get("idemp_stateage", 0)
+            if waited_ms >= STUCK_MS:
+                self.note_broken(f"{eos['idemp_state']} for {waited_ms} ms (librdkafka's idemp_state)")
+                return
         if up and not self.up:
             self._log.info("Kafka connected")
         self.up = up

@@ -212,9 +212,15 @@ class Session(Connection):
                 self._wake()
 
     @property
-    def abandoned(self) -> int:
-        """Messages that were read and could not be handed over before the end."""
-        return sum(item.__class__ is bytes for item in self._backlog or ())
+    def backlog(self) -> bool:
+        """Messages were read and could not be handed over."""
+        return self._backlog is not None
+
+    @property
+    def unsettled(self) -> bool:
+        """Open, with messages that the client has not been told of yet."""
+        acks = self._acks
+        return self.state == OPEN and acks is not None and acks.settled < self.received
 
     async def _settle(self) -> None:
         while self._backlog is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -13,13 +13,21 @@ from gateway.ingress.session import Session
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from gateway.core.admission import Admission
     from gateway.core.books import Books
     from gateway.ingress.handshake import Admitted
     from gateway.ingress.session import SessionContext
     from gateway.telemetry.metrics import Counters
+
+MIN_SLICE: Final = 100
+"""Sessions closed at once in any case: their clients' handshakes take the next process a tenth of a second."""
+NOTICE_S: Final = 0.3
+"""How long a closing notice has to reach its client, and what the client sent before it to reach the gateway."""
+SETTLE_S: Final = 2.0
+"""How long a drain waits for Kafka's answers before it closes: what is answered by then is acked and not sent again."""
+SETTLE_POLL_S: Final = 0.02
 
 
 class Sessions:
@@ -32,8 +40,8 @@ class Sessions:
         self._counters = counters
         self._sessions: set[Session] = set()
         self._empty: trio.Event | None = None
-        self.abandoned = 0
-        """Messages of sessions that were cut off with something read and not handed over."""
+        self.unfinished: list[Session] = []
+        """Sessions that were cut off with something read and not handed over; `Session.resume` does that."""
         # Unique over restarts and over processes on one port, and short: it is in every dead letter.
         self._prefix = secrets.token_hex(4)
         self._numbers = itertools.count(1)
@@ -65,7 +73,8 @@ class Sessions:
         self._admission.leave()
         self._books.close(session.principal.company_id)
         self._counters.closes[session.outcome] += 1
-        self.abandoned += session.abandoned
+        if session.backlog:
+            self.unfinished.append(session)
         if self._empty is not None and not self._sessions:
             self._empty.set()
 
@@ -79,9 +88,11 @@ class Sessions:
         for session in self:
             session.tell_degraded(degraded)
 
-    def announce_restart(self) -> int:
-        """Tell every session that it will be closed soon; how many understood."""
-        return sum(session.announce_restart() for session in self)
+    def slices(self, count: int) -> list[list[Session]]:
+        """All sessions in ``count`` slices at most, of at least `MIN_SLICE` each."""
+        sessions = list(self._sessions)
+        size = max(MIN_SLICE, -(-len(sessions) // count))
+        return [sessions[at : at + size] for at in range(0, len(sessions), size)]
 
     async def close_all(self) -> None:
         """Close every session with 1012 and wait until all have left.
@@ -89,8 +100,28 @@ class Sessions:
         What clients sent before they answer the close is still taken. Bounded by each connection's close
         timeouts and by the caller's deadline.
         """
-        for session in self:
-            session.close(refusals.CLOSE_RESTART, take_rest=True)
+        close(self)
         if self._sessions:
             self._empty = trio.Event()
             await self._empty.wait()
+
+
+async def see_off(sessions: Sequence[Session]) -> None:
+    """Announce the restart to some sessions, let what they sent settle, close them with 1012.
+
+    A client that understands notices sends nothing more after it, so that it is told of everything it sent before the
+    close. Takes up to `SETTLE_S` where somebody understands, else no time.
+    """
+    understood = [session for session in sessions if session.announce_restart()]
+    if understood:
+        with trio.move_on_after(SETTLE_S):
+            await trio.sleep(NOTICE_S)
+            while any(session.unsettled for session in understood):  # noqa: ASYNC110  # their acks are no events
+                await trio.sleep(SETTLE_POLL_S)
+    close(sessions)
+
+
+def close(sessions: Iterable[Session]) -> None:
+    """Close sessions for a restart; what was under way is still taken."""
+    for session in sessions:
+        session.close(refusals.CLOSE_RESTART, take_rest=True)

@@ -112,8 +112,11 @@ class Counters:
     handshakes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(HANDSHAKE_OUTCOMES, 0))
     closes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLOSE_OUTCOMES, 0))
     dead_letters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.DEAD_LETTER_REASONS, 0))
-    drops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.DROP_REASONS, 0))
+    spooled: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.GIVEN_UP_REASONS, 0))
+    drops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.GIVEN_UP_REASONS, 0))
     pauses: int = 0
+    renewals: int = 0
+    replayed: int = 0
     kafka_errors: int = 0
     log_lines_lost: int = 0
     reloads: dict[str, int] = field(default_factory=lambda: {"ok": 0, "failed": 0})
@@ -131,6 +134,8 @@ class Gauges:
     paused: Callable[[], bool]
     ready: Callable[[], bool]
     kafka_up: Callable[[], bool]
+    spool_waiting: Callable[[], int]
+    spool_ok: Callable[[], bool]
 
 
 _OUTCOMES: Final = ("received", "delivered", "dead_lettered", "dropped", "spooled")
@@ -176,9 +181,14 @@ class Exposition:
         yield _counter("gateway_handshakes", "Handshakes.", "outcome", counters.handshakes)
         yield _counter("gateway_connections_closed", "Connections ended.", "outcome", counters.closes)
         yield _counter("gateway_dead_letters", "Messages refused.", "reason", counters.dead_letters)
+        yield _counter("gateway_spooled", "Messages written to the spool.", "reason", counters.spooled)
         yield _counter("gateway_drops", "Messages dropped.", "reason", counters.drops)
         yield _counter("gateway_reloads", "Reloads by SIGHUP.", "outcome", counters.reloads)
         yield CounterMetricFamily("gateway_reading_pauses", "Times the queue was full.", value=counters.pauses)
+        yield CounterMetricFamily("gateway_producer_renewals", "Producers replaced.", value=counters.renewals)
+        yield CounterMetricFamily("gateway_spool_replayed", "Records offered again.", value=counters.replayed)
+        yield GaugeMetricFamily("gateway_spool_waiting_records", "Not on the disk yet.", gauges.spool_waiting())
+        yield GaugeMetricFamily("gateway_spool_ok", "0 while the spool takes nothing.", gauges.spool_ok())
         yield CounterMetricFamily("gateway_kafka_errors", "Errors librdkafka reported.", value=counters.kafka_errors)
         yield CounterMetricFamily("gateway_log_lines_lost", "Log lines nobody read.", value=counters.log_lines_lost)
         yield from self._messages()

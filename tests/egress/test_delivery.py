@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import trio
 from confluent_kafka import KafkaError, KafkaException
 
+from bench.daemon import Daemon
 from bench.kafka import create_topics
 from gateway import refusals
 from gateway.core.books import Books
@@ -58,7 +60,6 @@ class Side:
             gateway="test/0",
             log_refused=RateLimited(lambda event, **fields: self.lines.append((event, fields)), trio.current_time),
         )
-        self.producer.after_poll = self.delivery.retry_deferred
 
     def send(
         self,
@@ -191,11 +192,11 @@ async def test_unreachable_kafka_is_not_reached_and_a_flush_ends_in_time(make_si
     sender = Sender()
     side.send(b"never", index=1, sender=sender)
     with trio.fail_after(5):
-        assert await side.producer.flush(0.3) == 1
-    await side.producer.purge()
+        assert await side.delivery.flush(0.3) == 1
+    await side.delivery.give_up()
     totals = side.books.totals()
     assert (totals.dropped, totals.in_flight, totals.imbalance) == (1, 0, 0)
-    assert side.counters.drops[refusals.DROP_DRAIN_TIMEOUT] == 1
+    assert side.counters.drops[refusals.GIVEN_UP_DRAIN_TIMEOUT] == 1
     assert sender.settled == [], "what is dropped is never acked"
 
 
@@ -257,29 +258,77 @@ async def test_dead_letter_topic_that_refuses_at_once_costs_the_message_and_noth
     totals = side.books.totals()
     assert (totals.received, totals.dropped, totals.in_flight, totals.imbalance) == (2, 2, 0, 0)
     assert sender.settled == [1, 2], "dropped and reported: acks go on behind it"
-    assert sender.rejected == [(refusals.DROP_DEAD_LETTER_REFUSED, 1), (refusals.DROP_DEAD_LETTER_REFUSED, 2)]
-    assert side.counters.drops[refusals.DROP_DEAD_LETTER_REFUSED] == 2
+    assert sender.rejected == [(refusals.GIVEN_UP_DEAD_LETTER_REFUSED, 1), (refusals.GIVEN_UP_DEAD_LETTER_REFUSED, 2)]
+    assert side.counters.drops[refusals.GIVEN_UP_DEAD_LETTER_REFUSED] == 2
     assert [event for event, _ in side.lines].count("dead letter refused") == 2
 
 
-async def test_fatal_producer_error_is_noted_once_and_does_not_raise(embedded_broker: Broker, make_side: Make) -> None:
-    side = make_side(embedded_broker.bootstrap_servers)
-    fatal: list[str] = []
-    side.producer.on_fatal = lambda: fatal.append(side.producer.fatal)
-    librdkafka_fails_for_good(side.producer)
-    with trio.fail_after(10):
-        while not fatal:
-            side.producer.poll()
-            await trio.sleep(0.01)
-    side.producer.poll()
-    assert len(fatal) == 1
-    assert "fenced" in fatal[0]
-    room: list[bool] = []
-    side.producer.on_room = lambda: room.append(True)
-    side.producer.note_full()
-    side.producer.poll()
-    assert room == [], "there is never room again"
-    assert not side.producer.up
+async def test_producer_that_fails_for_good_is_replaced_and_what_it_held_arrives_in_order(make_side: Make) -> None:
+    """A record that times out has left a gap in an idempotent producer's sequence."""
+    with Daemon(settings={"log.level": "warning"}) as kafka:
+        side = make_side(kafka.kafka, **{"message.timeout.ms": 1000})
+        sender = Sender()
+        broken: list[str] = []
+        room: list[bool] = []
+
+        def on_broken() -> None:
+            broken.append(side.producer.broken)
+            with pytest.raises(QueueFull):
+                side.send(b"too early", index=101, sender=sender)
+
+        side.producer.on_broken = on_broken
+        side.producer.on_room = lambda: room.append(True)
+        with Records(kafka.kafka, "tick-data") as records, trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(side.producer.run)
+                side.send(b"0", index=1, sender=sender)
+                while not sender.settled:
+                    await trio.sleep(0.01)
+                kafka.signal(signal.SIGSTOP)
+                for number in range(1, 100):
+                    side.send(b"%d" % number, index=number + 1, sender=sender)
+                while not broken:
+                    await trio.sleep(0.01)
+                kafka.signal(signal.SIGCONT)
+                while not room:
+                    await trio.sleep(0.01)
+                side.send(b"100", index=101, sender=sender)
+                while side.books.totals().in_flight:
+                    await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+            found = [int(record.value() or b"") for record in records.take(101, key="alice")]
+        assert list(dict.fromkeys(found)) == list(range(101)), "all, in order; twice at most what was under way"
+        assert sorted(sender.settled) == list(range(1, 102))
+        assert len(broken) == 1
+        assert side.counters.renewals == 1
+        totals = side.books.totals()
+        assert (totals.received, totals.delivered, totals.imbalance) == (101, 101, 0)
+
+
+async def test_fatal_error_that_poll_raises_is_noted_once_and_another_producer_goes_on(
+    embedded_broker: Broker, make_side: Make
+) -> None:
+    side = make_side(embedded_broker.bootstrap_servers, **{"linger.ms": 60_000})
+    broken: list[str] = []
+    side.producer.on_broken = lambda: broken.append(side.producer.broken)
+    sender = Sender()
+    side.send(b"held", index=1, sender=sender)
+    side.producer._properties["linger.ms"] = 5
+    with Records(embedded_broker.bootstrap_servers, "tick-data") as records, trio.fail_after(30):
+        librdkafka_fails_for_good(side.producer)
+        side.producer.poll()
+        side.producer.poll()
+        assert len(broken) == 1
+        assert "fenced" in broken[0]
+        assert (side.producer.full, side.producer.up) == (True, False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(side.producer.run)
+            while not sender.settled:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert records.take(1, key="alice")[0].value() == b"held"
+    assert not side.producer.full
+    assert side.books.totals().delivered == 1
 
 
 def librdkafka_fails_for_good(producer: KafkaProducer) -> None:
@@ -287,10 +336,13 @@ def librdkafka_fails_for_good(producer: KafkaProducer) -> None:
     real = producer._producer
 
     class Fenced:
+        purge = real.purge
+
         def __len__(self) -> int:
             return len(real)
 
         def poll(self, timeout: float) -> int:
+            real.poll(timeout)
             raise KafkaException(KafkaError(KafkaError._FATAL, "Fatal error: fenced", fatal=True))
 
     producer._producer = Fenced()  # type: ignore[assignment]  # what it raises is the test

@@ -17,7 +17,7 @@ from gateway.telemetry.metrics import (
 
 
 def exposition(counters: Counters, books: Books) -> Exposition:
-    gauges = Gauges(lambda: 3, lambda: 0, lambda: False, lambda: True, lambda: True)
+    gauges = Gauges(lambda: 3, lambda: 0, lambda: False, lambda: True, lambda: True, lambda: 0, lambda: True)
     return Exposition(counters, books, gauges, "1.2.3")
 
 
