@@ -97,11 +97,19 @@ def _free_ports(count: int) -> list[int]:
 class ApacheKafka:
     """A one-node Kafka of its own, from entering to leaving the context. Raises KafkaUnavailable."""
 
-    def __init__(self, *, port: int | None = None, cpus: str | None = None, heap: str = "1g") -> None:
-        """``cpus`` pins the broker to those cores, as ``taskset -c`` takes them."""
+    def __init__(
+        self,
+        *,
+        port: int | None = None,
+        cpus: str | None = None,
+        heap: str = "1g",
+        properties: dict[str, str | int] | None = None,
+    ) -> None:
+        """``cpus`` pins the broker to those cores, as ``taskset -c`` takes them; ``properties`` are the broker's."""
         free = _free_ports(2)
         self._port = port or free[0]
         self._controller_port = free[1]
+        self._properties = properties or {}
         self._cpus = cpus
         self._heap = heap
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -109,10 +117,9 @@ class ApacheKafka:
         self.bootstrap_servers = f"127.0.0.1:{self._port}"
 
     def __enter__(self) -> ApacheKafka:
-        self._jars = ensure_jars()
-        self._directory = tempfile.TemporaryDirectory(prefix="gateway-kafka-")
+        self.prepare()
         try:
-            self._format()
+            self.format(self.new_cluster_id())
             self.start()
         except BaseException:
             self.__exit__(None, None, None)
@@ -125,6 +132,11 @@ class ApacheKafka:
         self.kill()
         if self._directory is not None:
             self._directory.cleanup()
+
+    def prepare(self) -> None:
+        """Find the jars and make the data directory. Raises KafkaUnavailable."""
+        self._jars = ensure_jars()
+        self._directory = tempfile.TemporaryDirectory(prefix="gateway-kafka-")
 
     def _java(self, *arguments: str) -> list[str]:
         pin = ["taskset", "-c", self._cpus] if self._cpus else []
@@ -142,8 +154,19 @@ class ApacheKafka:
         assert self._directory is not None
         return Path(self._directory.name)
 
-    def _format(self) -> None:
-        properties = {
+    @property
+    def voter(self) -> str:
+        """This node's controller endpoint."""
+        return f"127.0.0.1:{self._controller_port}"
+
+    def new_cluster_id(self) -> str:
+        """A random cluster id, as Kafka wants them."""
+        tool = self._java("kafka.tools.StorageTool", "random-uuid")
+        return subprocess.run(tool, capture_output=True, text=True, check=True).stdout.strip()
+
+    def format(self, cluster_id: str, properties: dict[str, str | int] | None = None) -> None:
+        """Write server.properties and format the data directory; ``properties`` go over the node's own."""
+        settings: dict[str, object] = {
             "process.roles": "broker,controller",
             "node.id": 1,
             "controller.quorum.voters": f"1@127.0.0.1:{self._controller_port}",
@@ -162,19 +185,21 @@ class ApacheKafka:
             "auto.create.topics.enable": "false",
             "num.network.threads": 1,
             "num.io.threads": 2,
+            **self._properties,
+            **(properties or {}),
         }
-        lines = [f"{name}={value}" for name, value in properties.items()]
+        lines = [f"{name}={value}" for name, value in settings.items()]
         (self._home / "server.properties").write_text("\n".join(lines) + "\n")
-        tool = self._java("kafka.tools.StorageTool")
-        cluster = subprocess.run([*tool, "random-uuid"], capture_output=True, text=True, check=True).stdout.strip()
-        subprocess.run(
-            [*tool, "format", "-t", cluster, "-c", str(self._home / "server.properties")],
-            capture_output=True,
-            check=True,
-        )
+        tool = self._java("kafka.tools.StorageTool", "format", "-t", cluster_id)
+        subprocess.run([*tool, "-c", str(self._home / "server.properties")], capture_output=True, check=True)
 
     def start(self) -> None:
         """Start the broker on its data directory and wait until it answers. Raises KafkaUnavailable."""
+        self.spawn()
+        self.wait()
+
+    def spawn(self) -> None:
+        """Start the broker's process."""
         with (self._home / "broker.log").open("ab") as log:
             self.process = subprocess.Popen(
                 self._java("kafka.Kafka", str(self._home / "server.properties")),
@@ -182,6 +207,10 @@ class ApacheKafka:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    def wait(self) -> None:
+        """Wait until the broker answers. Raises KafkaUnavailable."""
+        assert self.process is not None
         deadline = time.monotonic() + START_TIMEOUT_S
         admin = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
         while True:
@@ -205,13 +234,58 @@ class ApacheKafka:
         """Stop the broker's process with SIGSTOP for ``seconds``, then let it go on."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
-        time.sleep(seconds)
-        self.process.send_signal(signal.SIGCONT)
+        try:
+            time.sleep(seconds)
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def cpu_s(self) -> float:
         """CPU seconds the broker has used."""
         assert self.process is not None
         return cpu_seconds(self.process.pid)
+
+
+class ApacheCluster:
+    """Several nodes, each broker and controller, from entering to leaving the context. Raises KafkaUnavailable."""
+
+    def __init__(self, nodes: int = 3, *, heap: str = "512m") -> None:
+        self.nodes = [
+            ApacheKafka(
+                heap=heap,
+                properties={
+                    "node.id": number,
+                    # a broker that has died is noticed as soon as Kafka allows
+                    "broker.session.timeout.ms": 3000,
+                    "broker.heartbeat.interval.ms": 500,
+                    "replica.lag.time.max.ms": 5000,
+                },
+            )
+            for number in range(1, nodes + 1)
+        ]
+        self.bootstrap_servers = ",".join(node.bootstrap_servers for node in self.nodes)
+
+    def __enter__(self) -> ApacheCluster:
+        voters = ",".join(f"{number}@{node.voter}" for number, node in enumerate(self.nodes, 1))
+        try:
+            cluster_id = ""
+            for node in self.nodes:
+                node.prepare()
+                cluster_id = cluster_id or node.new_cluster_id()
+                node.format(cluster_id, {"controller.quorum.voters": voters})
+            for node in self.nodes:
+                node.spawn()
+            for node in self.nodes:
+                node.wait()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for node in self.nodes:
+            node.__exit__(None, None, None)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -225,6 +299,7 @@ def create_topics(
     topics: list[str] | None = None,
     *,
     partitions: int = PARTITIONS,
+    replicas: int = 1,
     config: dict[str, str] | None = None,
 ) -> None:
     """Create the gateway's default topics, or ``topics``, and wait for leaders; existing ones stay as they are."""
@@ -232,7 +307,7 @@ def create_topics(
     admin = AdminClient({"bootstrap.servers": bootstrap_servers})
     existing = admin.list_topics(timeout=10).topics
     wanted = [
-        NewTopic(name, num_partitions=partitions, replication_factor=1, config=config or {})
+        NewTopic(name, num_partitions=partitions, replication_factor=replicas, config=config or {})
         for name in names
         if name not in existing
     ]

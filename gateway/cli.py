@@ -18,7 +18,7 @@ import trio
 from cyclopts import Parameter
 from pydantic import SecretStr
 
-from gateway import config, devkeys, keys
+from gateway import cli_spool, config, devkeys, keys
 from gateway.errors import ConfigError, GatewayError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ app = cyclopts.App(
     help="A WebSocket router daemon: authenticated MT5 tick clients in, Kafka records out.",
     version=version("gateway"),
 )
+
+app.command(cli_spool.app)
 
 ConfigFile = Annotated[Path | None, Parameter(name="--config")]
 Set = Annotated[tuple[str, ...], Parameter(name="--set", negative=())]
