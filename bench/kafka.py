@@ -23,6 +23,7 @@ from types import TracebackType
 
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
 from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.cimpl import NewTopic
 
@@ -304,7 +305,7 @@ def create_topics(
 ) -> None:
     """Create the gateway's default topics, or ``topics``, and wait for leaders; existing ones stay as they are."""
     names = topics or sorted({*DEFAULT_ROUTES.values(), DEFAULT_DEAD_LETTER_TOPIC})
-    admin = AdminClient({"bootstrap.servers": bootstrap_servers})
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers, "log_level": 0})
     existing = admin.list_topics(timeout=10).topics
     wanted = [
         NewTopic(name, num_partitions=partitions, replication_factor=replicas, config=config or {})
@@ -318,6 +319,22 @@ def create_topics(
         if time.monotonic() > deadline:
             raise KafkaUnavailable(f"no leaders for {', '.join(names)}")
         time.sleep(0.05)
+
+
+def leader(bootstrap_servers: str, topic: str) -> int:
+    """The id of the broker that leads the topic's first partition."""
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers})
+    found: int = admin.list_topics(topic, timeout=10).topics[topic].partitions[0].leader
+    return found
+
+
+def alter_topic(bootstrap_servers: str, topic: str, config: dict[str, str]) -> None:
+    """Change a topic's configuration and wait until the cluster has taken it."""
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers})
+    entries = [ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in config.items()]
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+    for future in admin.incremental_alter_configs([resource]).values():
+        future.result(timeout=30)
 
 
 def _led(admin: AdminClient, topic: str) -> bool:
