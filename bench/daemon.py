@@ -201,6 +201,13 @@ class Daemon:
         totals: dict[str, int] = json.loads(self.get("/health")[1])["messages"]
         return totals
 
+    def settled_books(self, timeout_s: float = 10.0) -> dict[str, int]:
+        """The totals once nothing is in flight any more, or when that takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while (books := self.books())["in_flight"] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return books
+
     def signal(self, number: signal.Signals) -> None:
         """Send the process a signal."""
         assert self.process is not None

@@ -302,7 +302,7 @@ def test_what_kafka_and_its_dead_letter_topic_refuse_is_spooled_and_a_full_disk_
     with Records(apache_broker.bootstrap_servers, "small") as records:
         daemon.start()
         assert [record.value() for record in records.take(2, key="sizes")] == [big, big]
-    assert daemon.books()["dead_lettered"] == 2
+    assert daemon.settled_books()["dead_lettered"] == 2
 
 
 def test_full_queue_stops_reading_and_says_so_until_kafka_is_back(start_daemon: Callable[..., Daemon]) -> None:
