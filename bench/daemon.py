@@ -13,17 +13,26 @@ import tempfile
 import threading
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from pydantic import SecretStr
 
-from bench.kafka import cpu_seconds
+from bench.kafka import cpu_seconds, rss_bytes
 from gateway.config import AuthSettings
 from gateway.devkeys import mint_with_secret
 
 START_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a server ended: messages its own account cannot place, and its exit status."""
+
+    imbalance: int
+    exit_status: int
 
 
 class Daemon:
@@ -75,7 +84,7 @@ class Daemon:
         assert self.process is not None
         return self.process.pid
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self) -> Self:
         self._directory = tempfile.TemporaryDirectory(prefix="gateway-daemon-")
         (self.home / "secret").write_bytes(self.secret)
         self._settings.setdefault("auth.secret_file", "secret")
@@ -219,14 +228,17 @@ class Daemon:
         assert self.process is not None
         return self.process.wait(timeout_s)
 
+    def finish(self) -> Outcome:
+        """The books' imbalance, then SIGTERM and the exit status."""
+        return Outcome(self.books()["imbalance"], self.stop())
+
     def cpu_s(self) -> float:
         """CPU seconds of the process, Kafka threads included."""
         return cpu_seconds(self.pid)
 
     def rss_bytes(self) -> int:
-        """Resident memory of the process (proc(5), statm)."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        """Resident memory of the process."""
+        return rss_bytes(self.pid)
 
 
 def _toml(value: Any) -> str:

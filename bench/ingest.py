@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
+from confluent_kafka import Consumer, TopicPartition
 from rich.console import Console
 from rich.table import Table
 
-from bench.daemon import Daemon
+from bench.daemon import Daemon, Outcome
 from bench.kafka import ApacheKafka, KafkaUnavailable, create_topics
 from bench.load import user_of
 
@@ -102,16 +104,72 @@ def kafka_cluster(which: str, cores: Cores) -> Iterator[str]:
         yield kafka.bootstrap_servers
 
 
-def run_once(kafka: str, cores: Cores, options: argparse.Namespace, warmup_s: float) -> dict[str, Any]:
-    """One measurement: a fresh daemon, fresh clients, everything drained and accounted for."""
+class Server(Protocol):
+    """What is measured: a child process that serves WebSocket clients and produces to Kafka."""
+
+    url: str
+    kafka: str
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+    def token(self, user: str, company: str) -> str:
+        """A token it accepts."""
+
+    def cpu_s(self) -> float:
+        """CPU seconds it has used."""
+
+    def rss_bytes(self) -> int:
+        """Its resident memory."""
+
+    def finish(self) -> Outcome:
+        """Stop it."""
+
+
+class Ends:
+    """How many records a topic holds."""
+
+    def __init__(self, bootstrap_servers: str, topic: str) -> None:
+        self._consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "bench", "log_level": 0})
+        found = self._consumer.list_topics(topic, timeout=10).topics[topic].partitions
+        self._partitions = [TopicPartition(topic, number) for number in found]
+
+    def total(self) -> int:
+        """The sum of the partitions' end offsets."""
+        return sum(self._consumer.get_watermark_offsets(one, timeout=10)[1] for one in self._partitions)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._consumer.close()
+
+
+def gateway(kafka: str, cores: Cores, options: argparse.Namespace) -> Daemon:
+    """The daemon under test, not yet started."""
     settings = {"listen.max_connections": options.clients + 100, "log.level": "warning"}
+    return Daemon(kafka, settings=settings, cpus=cores.gateway)
+
+
+def run_once(server: Server, cores: Cores, options: argparse.Namespace, warmup_s: float) -> dict[str, Any]:
+    """One measurement: a fresh server, fresh clients, everything drained and accounted for.
+
+    Rates are counted by the records that Kafka has. A saturated load is consumed afterwards, so that the consumer takes
+    nothing from it.
+    """
     with contextlib.ExitStack() as stack:
-        daemon = stack.enter_context(Daemon(kafka, settings=settings, cpus=cores.gateway))
+        daemon = stack.enter_context(server)
         bootstrap = daemon.kafka
-        consumer = Helper("consume", {"kafka": bootstrap, "topic": TOPIC, "size": options.size}, cores.rest)
+        task = {"kafka": bootstrap, "topic": TOPIC, "size": options.size, "afterwards": options.saturated}
+        consumer = Helper("consume", task, cores.rest)
         stack.callback(consumer.close)
         consumer.answer()
-        clients = [(user_of(index, options.users or options.clients), "") for index in range(options.clients)]
+        ends = Ends(bootstrap, TOPIC)
+        stack.callback(ends.close)
+        hot = int(options.clients * getattr(options, "hot", 0.0))
+        clients = [
+            (user_of(0 if index < hot else index, options.users or options.clients), "")
+            for index in range(options.clients)
+        ]
         tokens = {user: daemon.token(user, COMPANY) for user, _ in clients}
         rss_before = daemon.rss_bytes()
         cpu_before = daemon.cpu_s()
@@ -135,16 +193,15 @@ def run_once(kafka: str, cores: Cores, options: argparse.Namespace, warmup_s: fl
         warm = sender.ask({**order, "seconds": warmup_s})
         until = time.monotonic_ns() + int(options.seconds * 1e9)
         consumer.ask({"do": "mark", "until": until})
-        cpu_before, began = daemon.cpu_s(), time.monotonic()
+        stored_before, cpu_before, began = ends.total(), daemon.cpu_s(), time.monotonic()
         sender.order({**order, "seconds": options.seconds})
         time.sleep(max(0.0, began + options.seconds - time.monotonic()))
-        cpu = daemon.cpu_s() - cpu_before
-        elapsed = time.monotonic() - began
+        cpu, elapsed = daemon.cpu_s() - cpu_before, time.monotonic() - began
+        rate = (ends.total() - stored_before) / (time.monotonic() - began)
         measured = sender.answer()
         sent = warm["sent"] + measured["sent"]
         report = consumer.ask({"do": "report", "expected": sent, "timeout_s": 10.0})
-        books = daemon.books()
-        status = daemon.stop()
+        outcome = daemon.finish()
     return {
         "sent": sent,
         "sent_per_s": measured["sent_per_s"],
@@ -152,13 +209,17 @@ def run_once(kafka: str, cores: Cores, options: argparse.Namespace, warmup_s: fl
         "lost": sent - (report["total"] - report["duplicated"]),
         "duplicated": report["duplicated"],
         "out_of_order": report["missing_or_out_of_order"],
-        "rate": report["rate"],
+        "rate": rate,
         "cpu_share": cpu / elapsed,
-        "cpu_us_per_message": cpu / elapsed / report["rate"] * 1e6 if report["rate"] else float("nan"),
+        "cpu_us_per_message": cpu / elapsed / rate * 1e6 if rate else float("nan"),
         "p50_ms": report["p50_ms"],
         "p99_ms": report["p99_ms"],
         "p999_ms": report["p999_ms"],
         "max_ms": report["max_ms"],
+        "wait_p50_ms": report["wait_p50_ms"],
+        "wait_p99_ms": report["wait_p99_ms"],
+        "percentiles_ms": report["percentiles_ms"],
+        "wait_percentiles_ms": report["wait_percentiles_ms"],
         "unsent_bytes_at_end": measured["waiting_bytes"],
         "connections_closed": measured["closed"],
         "load_cpu_share": measured["cpu_share"],
@@ -166,8 +227,8 @@ def run_once(kafka: str, cores: Cores, options: argparse.Namespace, warmup_s: fl
         "handshakes_per_s": options.clients / connected["seconds"],
         "handshake_cpu_us": handshake_cpu_us,
         "rss_per_connection_bytes": rss_per_connection,
-        "imbalance": books["imbalance"],
-        "exit_status": status,
+        "imbalance": outcome.imbalance,
+        "exit_status": outcome.exit_status,
     }
 
 
@@ -176,6 +237,8 @@ _COLUMNS = (
     ("rate", "got/s", "{:,.0f}"),
     ("cpu_share", "CPU of the core", "{:.0%}"),
     ("cpu_us_per_message", "CPU µs/msg", "{:.1f}"),
+    ("wait_p50_ms", "wait p50 ms", "{:.0f}"),
+    ("wait_p99_ms", "wait p99 ms", "{:.0f}"),
     ("p50_ms", "p50 ms", "{:.1f}"),
     ("p99_ms", "p99 ms", "{:.1f}"),
     ("p999_ms", "p99.9 ms", "{:.1f}"),
@@ -235,7 +298,8 @@ def main() -> None:
             for number in range(options.repeat):
                 print(f"run {number + 1} of {options.repeat} ...", file=sys.stderr, flush=True)
                 # The first run also warms the broker's JVM, which takes the load's core while it compiles itself.
-                runs.append(run_once(kafka, cores, options, options.warmup * (1 if number else COLD_BROKER)))
+                warmup_s = options.warmup * (1 if number else COLD_BROKER)
+                runs.append(run_once(gateway(kafka, cores, options), cores, options, warmup_s))
     except KafkaUnavailable as error:
         sys.exit(f"bench.ingest: {error}")
     if options.json:

@@ -87,7 +87,8 @@ def ensure_jars() -> Path:
     return jars
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports on loopback that were free a moment ago."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [sock.getsockname()[1] for sock in sockets]
     for sock in sockets:
@@ -107,7 +108,7 @@ class ApacheKafka:
         properties: dict[str, str | int] | None = None,
     ) -> None:
         """``cpus`` pins the broker to those cores, as ``taskset -c`` takes them; ``properties`` are the broker's."""
-        free = _free_ports(2)
+        free = free_ports(2)
         self._port = port or free[0]
         self._controller_port = free[1]
         self._properties = properties or {}
@@ -293,6 +294,11 @@ def cpu_seconds(pid: int) -> float:
     """CPU seconds, user and system, of a process with all its threads (proc(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory of a process (proc(5), statm)."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def create_topics(

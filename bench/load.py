@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import base64
+import errno
 import json
 import select
 import socket
@@ -19,6 +20,8 @@ import ssl
 import struct
 import sys
 import time
+from collections import deque
+from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -29,6 +32,9 @@ from gateway.v1.envelope_pb2 import MessageEnvelope
 STAMP: Final = struct.Struct("<QII")  # made at (ns), client, number
 MARK: Final = b"\x00stamp-goes-here"
 _EMPTY_PONG: Final = b"\x8a\x80\x00\x00\x00\x00"
+SHARES: Final = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9995, 0.9999, 0.99999, 1.0)
+WAIT_SAMPLE_MASK: Final = 7
+"""One message in eight tells how long it waited before it was produced."""
 TICK_S: Final = 0.001
 """How often due messages are sent; at 50,000 a second 50 at a time."""
 
@@ -66,19 +72,127 @@ def user_of(client: int, users: int) -> str:
     return f"user-{client % users:06d}"
 
 
-def open_client(url: str, token: str, tls: ssl.SSLContext | None = None) -> socket.socket:
-    """Connect and shake hands; raises ConnectionError with the answer when it is not 101."""
+class _Attempt:
+    """One handshake under way, non-blocking."""
+
+    __slots__ = ("answer", "began", "index", "request", "sock")
+
+    def __init__(self, address: tuple[str, int], source: str | None, request: bytes, index: int) -> None:
+        self.index = index
+        self.began = time.monotonic()
+        self.request = request
+        self.answer = b""
+        self.sock = socket.socket()
+        self.sock.setblocking(False)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if source is not None:
+            # Ports are chosen when connecting, so that one address serves as many as it has ports for each target.
+            self.sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            self.sock.bind((source, 0))
+        self.sock.connect_ex(address)
+
+    def step(self) -> bool | None:
+        """Go on when the socket is ready: true when admitted, None while under way. Raises ConnectionError."""
+        if self.request:
+            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise ConnectionError(f"connect: {errno.errorcode.get(error, error)}")
+            self.request = self.request[self.sock.send(self.request) :]
+            return None
+        data = self.sock.recv(4096)
+        if not data:
+            raise ConnectionError(self.answer.partition(b"\r\n")[0].decode() or "closed")
+        self.answer += data
+        if b"\r\n\r\n" not in self.answer:
+            return None
+        if not self.answer.startswith(b"HTTP/1.1 101 "):
+            raise ConnectionError(self.answer.partition(b"\r\n")[0].decode())
+        return True
+
+
+IP_BIND_ADDRESS_NO_PORT: Final = 24  # ip(7); the socket module does not have it
+ATTEMPT_TIMEOUT_S: Final = 30.0
+RETRY_S: Final = 0.2
+
+
+def upgrade_request(url: str, token: str) -> bytes:
+    """The handshake a client sends."""
+    parts = urlsplit(url)
+    key = base64.b64encode(b"0123456789abcdef").decode()
+    return (
+        f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nAuthorization: Bearer {token}\r\n\r\n"
+    ).encode()
+
+
+@dataclass
+class Opened:
+    """What `open_all` found: sockets in the clients' order, seconds to each admission, refusals by what they said."""
+
+    sockets: list[socket.socket]
+    admitted_after_s: list[float]
+    refusals: dict[str, int]
+
+
+def open_all(url: str, tokens: list[str], *, at_once: int, source: str | None = None) -> Opened:
+    """Connect and shake hands for every token, up to ``at_once`` at the same time; a refused one is tried again.
+
+    Raises TimeoutError when one is not admitted for `ATTEMPT_TIMEOUT_S`.
+    """
     parts = urlsplit(url)
     assert parts.hostname is not None
-    sock: socket.socket = socket.create_connection((parts.hostname, parts.port or 80), timeout=30)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if tls is not None:
-        sock = tls.wrap_socket(sock, server_hostname=parts.hostname)
-    key = base64.b64encode(b"0123456789abcdef").decode()
-    sock.sendall(
-        f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
-    )
+    address = (parts.hostname, parts.port or 80)
+    began = time.monotonic()
+    sockets: list[socket.socket | None] = [None] * len(tokens)
+    opened = Opened([], [0.0] * len(tokens), {})
+    due = deque((began, index) for index in range(len(tokens)))
+    under_way: dict[int, _Attempt] = {}
+    epoll = select.epoll()
+    admitted = 0
+    while admitted < len(tokens):
+        now = time.monotonic()
+        if now - began > ATTEMPT_TIMEOUT_S + len(tokens) / 500:
+            raise TimeoutError(f"{admitted} of {len(tokens)} admitted; refusals: {opened.refusals}")
+        while due and len(under_way) < at_once and due[0][0] <= now:
+            _, index = due.popleft()
+            attempt = _Attempt(address, source, upgrade_request(url, tokens[index]), index)
+            under_way[attempt.sock.fileno()] = attempt
+            epoll.register(attempt.sock, select.EPOLLOUT)
+        for fd, _ in epoll.poll(0.05, 1024):
+            attempt = under_way[fd]
+            try:
+                done = attempt.step()
+                if not attempt.request:
+                    epoll.modify(fd, select.EPOLLIN)
+            except BlockingIOError:
+                continue
+            except (ConnectionError, OSError) as error:
+                said = str(error)
+                opened.refusals[said] = opened.refusals.get(said, 0) + 1
+                epoll.unregister(fd)
+                del under_way[fd]
+                attempt.sock.close()
+                due.append((time.monotonic() + RETRY_S, attempt.index))
+                continue
+            if done:
+                epoll.unregister(fd)
+                del under_way[fd]
+                sockets[attempt.index] = attempt.sock
+                opened.admitted_after_s[attempt.index] = time.monotonic() - began
+                admitted += 1
+    epoll.close()
+    opened.sockets = [sock for sock in sockets if sock is not None]
+    return opened
+
+
+def open_tls(url: str, token: str, tls: ssl.SSLContext) -> socket.socket:
+    """Connect and shake hands over TLS, blocking; raises ConnectionError with the answer when it is not 101."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    plain = socket.create_connection((parts.hostname, parts.port or 443), timeout=30)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock = tls.wrap_socket(plain, server_hostname=parts.hostname)
+    sock.sendall(upgrade_request(url, token))
     answer = b""
     while b"\r\n\r\n" not in answer:
         data = sock.recv(4096)
@@ -235,21 +349,24 @@ def _hear() -> dict[str, Any]:
 def send_main() -> None:
     """Connect, then obey: ``paced``, ``saturated``, ``idle``, until standard input ends."""
     task = _hear()
-    tls = ssl.create_default_context(cafile=task["ca"]) if task.get("ca") else None
     began = time.monotonic()
+    tokens = [token for _, token in task["clients"]]
+    if task.get("ca"):
+        tls = ssl.create_default_context(cafile=task["ca"])
+        opened = Opened([open_tls(task["url"], token, tls) for token in tokens], [], {})
+    else:
+        opened = open_all(task["url"], tokens, at_once=task.get("at_once", 64), source=task.get("source"))
     clients = [
-        Client(
-            open_client(task["url"], token, tls),
-            task.get("first_client", 0) + position,
-            user,
-            task["company"],
-            task["size"],
-            task["batch"],
-        )
-        for position, (user, token) in enumerate(task["clients"])
+        Client(sock, task.get("first_client", 0) + position, user, task["company"], task["size"], task["batch"])
+        for position, (sock, (user, _)) in enumerate(zip(opened.sockets, task["clients"], strict=True))
     ]
     load = Load(clients)
-    _tell(connected=len(clients), seconds=time.monotonic() - began)
+    _tell(
+        connected=len(clients),
+        seconds=time.monotonic() - began,
+        admitted_after_s=sorted(opened.admitted_after_s),
+        refusals=opened.refusals,
+    )
     while True:
         order = _hear()
         cpu = time.process_time()
@@ -273,7 +390,10 @@ def send_main() -> None:
 
 
 def consume_main() -> None:
-    """Consume a topic from its end; account for every message between ``mark`` and ``report`` orders."""
+    """Consume a topic from its end; account for every message between ``mark`` and ``report`` orders.
+
+    With ``afterwards`` nothing is consumed before the report is asked for: the consumer takes no core from the load.
+    """
     task = _hear()
     consumer = Consumer(
         {
@@ -303,8 +423,9 @@ def consume_main() -> None:
     poller = select.poll()
     poller.register(sys.stdin.fileno(), select.POLLIN)
     while True:
-        account.take(consumer.consume(20_000, timeout=0.01))
-        if poller.poll(0):
+        if not task.get("afterwards"):
+            account.take(consumer.consume(20_000, timeout=0.01))
+        if poller.poll(0 if not task.get("afterwards") else None):
             order = _hear()
             if order["do"] == "mark":
                 account.mark(order["until"])
@@ -326,6 +447,8 @@ class Account:
         self.duplicated = 0
         self.out_of_order = 0
         self._latencies = array.array("q")
+        self._waits_ms = array.array("q")
+        self._wall_ms = (time.time_ns() - time.monotonic_ns()) // 1_000_000
         self._window = (0, 0)
         self._in_window = 0
 
@@ -333,6 +456,7 @@ class Account:
         """Measure what is made from now until ``until_ns`` (CLOCK_MONOTONIC)."""
         self._window = (time.monotonic_ns(), until_ns)
         self._latencies = array.array("q")
+        self._waits_ms = array.array("q")
         self._in_window = 0
 
     def take(self, messages: list[Any]) -> None:
@@ -354,6 +478,9 @@ class Account:
                 following[client] = number + 1
             if made >= begin:
                 self._latencies.append(now - made)
+                if not number & WAIT_SAMPLE_MASK:
+                    # CreateTime is when the server handed the record to its producer, in whole milliseconds.
+                    self._waits_ms.append(message.timestamp()[1] - self._wall_ms - made // 1_000_000)
             if begin <= now < end:
                 self._in_window += 1
         self.total += len(messages)
@@ -370,10 +497,11 @@ class Account:
     def report(self) -> dict[str, Any]:
         """Counts since the beginning, rate and percentiles (ms) since the mark."""
         ordered = sorted(self._latencies)
+        waits = sorted(self._waits_ms)
         seconds = (self._window[1] - self._window[0]) / 1e9
 
         def percentile(share: float) -> float:
-            return ordered[min(len(ordered) - 1, int(len(ordered) * share))] / 1e6 if ordered else float("nan")
+            return at_share(ordered, share) / 1e6
 
         return {
             "total": self.total,
@@ -384,7 +512,16 @@ class Account:
             "p99_ms": percentile(0.99),
             "p999_ms": percentile(0.999),
             "max_ms": percentile(1.0),
+            "percentiles_ms": [[share, percentile(share)] for share in SHARES],
+            "wait_percentiles_ms": [[share, at_share(waits, share)] for share in SHARES],
+            "wait_p50_ms": at_share(waits, 0.50),
+            "wait_p99_ms": at_share(waits, 0.99),
         }
+
+
+def at_share(ordered: list[int], share: float) -> float:
+    """The value that ``share`` of the sorted values do not exceed, nan of nothing."""
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
 
 
 if __name__ == "__main__":
