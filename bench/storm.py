@@ -1,7 +1,7 @@
 """Everybody connects at once: how long until the last one is in, what was refused meanwhile, what a handshake costs.
 
-First all clients connect to a gateway that has just become ready, all of them at the same time. Then the gateway is killed,
-started again, and everybody comes back. A refused attempt is tried again 0.2 s later.
+First all clients connect to a gateway that has just become ready, all of them at the same time. Then the gateway is
+killed, started again, and everybody comes back. A refused attempt is tried again 0.2 s later.
 """
 
 from __future__ import annotations
@@ -78,9 +78,8 @@ def main() -> None:
         for name in runs[0][phase]:
             if name != "refusals":
                 values = [run[phase][name] for run in runs]
-                print(
-                    f"{phase:10s} {name:22s} {statistics.median(values):10,.1f}  [{min(values):,.1f}-{max(values):,.1f}]"
-                )
+                middle, low, high = statistics.median(values), min(values), max(values)
+                print(f"{phase:10s} {name:22s} {middle:10,.1f}  [{low:,.1f}-{high:,.1f}]")
         for refusals in (run[phase]["refusals"] for run in runs):
             for said, count in refusals.items():
                 print(f"{phase:10s} refused: {said} x {count}")

@@ -21,7 +21,7 @@ from gateway import config, keys, refusals, systemd
 from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
 from gateway.egress.delivery import Delivery
-from gateway.egress.producer import KafkaProducer
+from gateway.egress.producer import POLL_BUSY_S, KafkaProducer
 from gateway.egress.spool import Spool
 from gateway.egress.spooling import Replay, SpoolWriter
 from gateway.errors import ConfigError
@@ -52,7 +52,8 @@ DEGRADED_S: Final = 1.0
 SLICE_S: Final = 0.1
 """Between the slices of sessions that a drain closes."""
 SPOOL_TIMEOUT_S: Final = 10.0
-"""How long the end of a drain may take to write the spool: a full default queue of 256 MiB at 26 MB/s."""
+"""How long the end of a drain may take to write the spool, and a second more for each `SPOOL_RECORDS_PER_S` records."""
+SPOOL_RECORDS_PER_S: Final = 20_000
 ROUTING_SAMPLE_MASK: Final = 15
 """One turn in 16 goes into the routing histogram."""
 _RESTART_ONLY: Final = ("listen", "session", "kafka", "sidecar", "drain", "spool")
@@ -180,7 +181,8 @@ class Gateway:
     # Backpressure
 
     def _after_sweep(self) -> None:
-        self._books.fold()
+        if self._lifecycle.state.value != "draining":  # ended sessions may still have something to hand over
+            self._books.fold()
         if self._readiness.paused and trio.current_time() - self._readiness.paused_at >= DEGRADED_S:
             self._degraded = True
             self._sessions.tell_degraded(True)
@@ -223,10 +225,10 @@ class Gateway:
                 listener.close()
                 connections.cancel_scope.cancel()
             async with move_on_when(self._hurry.wait):
-                await self._delivery.flush(self._settings.drain.flush_timeout_s)
+                await self._flush(self._settings.drain.flush_timeout_s)
             await self._give_up()
-            self._say_stopped()
             services.cancel_scope.cancel()
+        self._say_stopped()
         self._lifecycle.state.value = "stopped"
         if self._spool is not None:
             self._spool.close()
@@ -299,8 +301,7 @@ class Gateway:
                 self._log.warning("cutting the drain short", unconfirmed=len(self._delivery))
                 self._hurry.set()
                 return
-            self._log.error("stopping at once", unconfirmed=len(self._delivery))
-            self.lost += len(self._delivery)
+            self._log.error("stopping at once")
             services.cancel_scope.cancel()
 
         await handle_signals(self._lifecycle, reload=self.reload, stop_now=stop_now, task_status=task_status)
@@ -322,26 +323,36 @@ class Gateway:
                     nursery.start_soon(see_off, sessions)
             await self._sessions.close_all()
 
+    async def _flush(self, timeout_s: float) -> None:
+        """Wait for Kafka's answers, and for room for what was read and not handed over."""
+        with trio.move_on_after(timeout_s):
+            while len(self._delivery) or self._readiness.stalled:
+                self._producer.poll()
+                await trio.sleep(POLL_BUSY_S)
+
     async def _give_up(self) -> None:
         """Spool what Kafka has not confirmed and what was read and not handed over."""
-        left = len(self._delivery)
-        unfinished = self._sessions.unfinished
-        if left or unfinished:
-            self._log.warning("drain ran out of time", unconfirmed=left, unfinished_connections=len(unfinished))
+        left, stalled = len(self._delivery), self._readiness.stalled
+        if left or stalled:
+            self._log.warning("drain ran out of time", unconfirmed=left, unfinished_connections=stalled)
             await self._delivery.give_up()
-            for session in unfinished:
-                session.resume()
-        self.lost += self._delivery.lost
+            self._readiness.resume()
         if self._spool_writer is not None:
-            self.lost += await self._spool_writer.flush(SPOOL_TIMEOUT_S)
+            await self._spool_writer.flush(SPOOL_TIMEOUT_S + len(self._spool_writer) / SPOOL_RECORDS_PER_S)
+        if self._replay is not None:
+            with trio.move_on_after(SPOOL_TIMEOUT_S):
+                await self._replay.tidy()
+
+    def _say_stopped(self) -> None:
+        """The last account: what is neither in Kafka nor in the spool is lost to the gateway."""
+        replayed = self._replay.unsettled if self._replay is not None else 0
+        self.lost = self._delivery.lost + self._books.totals().in_flight - replayed + self._readiness.backlog
         if self.lost:
             self._log.error(
                 "messages given up",
                 given_up=self.lost,
                 remedy="Kafka did not confirm them in time, and no spool has them; clients must send them again",
             )
-
-    def _say_stopped(self) -> None:
         totals = self._books.totals()
         self._log.info(
             "stopped",

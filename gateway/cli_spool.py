@@ -12,7 +12,7 @@ import trio
 from cyclopts import Parameter
 
 from gateway import config
-from gateway.errors import ConfigError
+from gateway.errors import ConfigError, SpoolError
 
 if TYPE_CHECKING:
     from gateway.config import Settings
@@ -47,14 +47,22 @@ def inspect(
     records
         Print every record as a line of JSON, without its payload.
     """
-    from gateway.egress.spool import DAMAGED, Segment, list_segments
-
     if (directory is None) == (config_file is None):
         raise ConfigError(["give the spool's directory or --config"])
     if config_file is not None:
         _, directory = _settings_with_spool(config_file)
     assert directory is not None  # noqa: S101  # one of both was given
+    try:
+        return _inspect(directory, records=records)
+    except OSError as error:
+        raise SpoolError(f"{error.filename or directory}: {error.strerror}") from error
+
+
+def _inspect(directory: Path, *, records: bool) -> int:
+    from gateway.egress.spool import DAMAGED, Segment, in_use, list_segments
+
     segments = list_segments(directory)
+    growing = segments[-1:] if in_use(directory) else []
     aside = [Segment(path) for path in sorted(directory.glob(f"*{DAMAGED}"))]
     damaged = False
     total = 0
@@ -67,7 +75,7 @@ def inspect(
             topics[record.topic] = topics.get(record.topic, 0) + 1
             if records:
                 print(json.dumps(_shown(record, segment.path.name)))
-        fault_at = segment.fault_at()
+        fault_at = None if segment in growing else segment.fault_at()
         damaged = damaged or fault_at is not None
         total += 0 if segment in aside else count
         if not records:
@@ -93,7 +101,7 @@ def _shown(record: Record, segment: str) -> dict[str, Any]:
         "connection_id": record.connection_id,
         "reason": record.reason,
         "uncertain": record.uncertain,
-        "spooled_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.spooled_at_ms / 1000)),
+        "received_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.received_at_ms / 1000)),
     }
 
 

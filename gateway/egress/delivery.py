@@ -5,7 +5,8 @@ until Kafka's report, or until the spool has it; reports run on the Trio thread,
 
 What Kafka refuses for good becomes a dead letter; when the dead-letter topic refuses that too, and when a drain has
 waited long enough (`give_up`), it goes to the spool; without a spool it is dropped, counted and logged. What a broken
-producer hands back waits in ``_deferred``, in order, for the next one.
+producer hands back is queued again with the next one: first what was in flight, then what was queued, then what had not
+been queued again yet (``_deferred``), which is the order in which it came.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from gateway import refusals
 from gateway.core.books import UNKNOWN_TYPE
 from gateway.core.ports import QueueFull
 from gateway.egress.deadletter import headers
-from gateway.egress.producer import POLL_BUSY_S
 from gateway.egress.spool import Record
 from gateway.egress.spooling import SpooledOrigin
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gateway.core.ports import Lane as LanePort
     from gateway.core.ports import Origin, Reporting
     from gateway.core.routing import Routes
-    from gateway.egress.producer import KafkaProducer
+    from gateway.egress.producer import KafkaProducer, Produce
     from gateway.egress.spooling import SpoolWriter
     from gateway.telemetry.logging import RateLimited
     from gateway.telemetry.metrics import Counters
@@ -56,6 +56,9 @@ _BROKEN: Final = frozenset(
 )
 """Not the record's fault: the producer that sent it can send nothing more, or has left a gap in its sequence
 (librdkafka, INTRODUCTION.md, idempotent producer)."""
+
+GIVE_UP_RECORDS: Final = 1000
+"""Messages given up between two chances for other tasks."""
 
 Headers = list[tuple[str, bytes]]
 
@@ -97,7 +100,7 @@ class Report:
     0 where nobody counts; ``headers`` are there once it is a dead letter.
     """
 
-    __slots__ = ("_delivery", "headers", "index", "origin", "original", "tally")
+    __slots__ = ("_delivery", "headers", "index", "origin", "original", "received_at_ms", "tally")
 
     def __init__(self, delivery: Delivery, origin: Origin, tally: Tally, original: bytes | None, index: int) -> None:
         self._delivery = delivery
@@ -106,6 +109,8 @@ class Report:
         self.original = original
         self.index = index
         self.headers: Headers | None = None
+        self.received_at_ms = 0
+        """Known once it has failed, for the record that follows; milliseconds since the epoch."""
 
     def on_delivery(self, error: Any, message: Any) -> None:
         """Kafka's report on the record, or on the dead letter."""
@@ -148,7 +153,6 @@ class Delivery:
         log_refused: RateLimited,
         spool: SpoolWriter | None = None,
     ) -> None:
-        self.produce = producer.produce
         self.routes = routes
         self.lost = 0
         """Messages dropped by `give_up` because there was no spool."""
@@ -159,15 +163,22 @@ class Delivery:
         self._log_refused = log_refused
         self._spool = spool
         self._given_up = False
+        self._in_flight_back: list[Callable[[], None]] = []
+        self._queued_back: list[Callable[[], None]] = []
         self._deferred: deque[Callable[[], None]] = deque()
         producer.after_poll = self._retry_deferred
         producer.on_renewed = self._renewed
 
     def __len__(self) -> int:
         """Messages that Kafka has not answered for and that are not in the spool's hands."""
-        return len(self._producer) + len(self._deferred)
+        return len(self._producer) + len(self._deferred) + len(self._in_flight_back) + len(self._queued_back)
 
     # The Egress port
+
+    @property
+    def produce(self) -> Produce:
+        """The producer's own method for new messages."""
+        return self._producer.produce
 
     def lane(self, origin: Origin, message_type: str) -> LanePort | None:
         """The lane for a message type, None when it has no route."""
@@ -178,6 +189,7 @@ class Delivery:
 
     def send(self, lane: LanePort, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
         """Queue ``raw + stamp`` and count it. Raises QueueFull."""
+        self._check_turn()
         if stamp or index or self._given_up:
             report: Reporting = lane.report(raw if stamp else None, index)
         else:
@@ -186,52 +198,45 @@ class Delivery:
             self._produce(report, lane.topic, raw + stamp, origin)
         except KafkaException as error:
             self._log_refused("record refused", topic=lane.topic, error=str(error), path=origin.path)
-            self._queue_dead_letter(
-                Report(self, origin, lane.tally, raw, index), refusals.REASON_KAFKA_REFUSED, time.time()
-            )
+            self._queue_dead_letter(Report(self, origin, lane.tally, raw, index), refusals.REASON_KAFKA_REFUSED)
         _count_received(lane.tally, raw)
 
     def dead_letter(self, origin: Origin, raw: bytes, reason: str, index: int) -> None:
         """Queue ``raw`` for the dead-letter topic and count it. Raises QueueFull."""
+        self._check_turn()
         tally = self._books.tally(origin.principal.company_id, UNKNOWN_TYPE)
-        self._queue_dead_letter(Report(self, origin, tally, raw, index), reason, time.time())
+        self._queue_dead_letter(Report(self, origin, tally, raw, index), reason)
         _count_received(tally, raw)
 
     # The spool's side
 
     def replay(self, record: Record, origin: SpooledOrigin) -> None:
         """Queue a spooled record again and count it as received. Raises QueueFull."""
-        if self._deferred:
-            raise QueueFull
+        self._check_turn()
         tally = self._books.tally(record.company_id, record.message_type)
         raw = record.value[: record.original_bytes]
         report = Report(self, origin, tally, raw, 1)
         report.headers = record.headers
+        report.received_at_ms = record.received_at_ms
         try:
             self._produce(report, record.topic, record.value, origin)
         except KafkaException as error:
             self._refused(report, record.topic, error.args[0])
         _count_received(tally, raw)
 
-    async def flush(self, timeout_s: float) -> int:
-        """Send what is queued for up to ``timeout_s`` seconds; return how many messages are left."""
-        with trio.move_on_after(timeout_s):
-            while len(self):
-                self._producer.poll()
-                await trio.sleep(POLL_BUSY_S)
-        return len(self)
-
     async def give_up(self) -> None:
         """Wait for Kafka no longer: what it has not confirmed, and whatever is handed over from now on, is spooled.
 
-        Bounded by `PURGE_TIMEOUT_S`.
+        Takes up to `PURGE_TIMEOUT_S`, and some microseconds for each message; other tasks run meanwhile.
         """
         self._given_up = True
-        self.produce = _no_room
-        if self._producer.broken:
-            self._retry_deferred()  # what it has handed back is older than what it still holds
+        self._producer.take_nothing_new()
         await self._producer.purge()
-        self._retry_deferred()
+        self._take_back()
+        while self._deferred:
+            for _ in range(min(len(self._deferred), GIVE_UP_RECORDS)):
+                self._deferred.popleft()()
+            await trio.lowlevel.checkpoint()
 
     # Kafka's reports
 
@@ -243,41 +248,45 @@ class Delivery:
     def failed(self, report: Report, error: Any, message: Any) -> None:
         """A record will not get through: find its next place."""
         code, topic, value = error.code(), message.topic(), message.value() or b""
+        report.received_at_ms = int((time.time() - (message.latency() or 0.0)) * 1000)
         if code in _BROKEN:
             self._producer.note_broken(error.str())
-        if self._given_up:
-            self._put_aside(report, topic, value, code == KafkaError._PURGE_INFLIGHT)
-        elif self._producer.broken or code in _PURGED:
-            self._deferred.append(partial(self._produce, report, topic, value, report.origin))
+        if not (self._given_up or self._producer.broken or code in _PURGED):
+            self._refused(report, topic, error)
+        elif code == KafkaError._PURGE_QUEUE:
+            self._queued_back.append(partial(self._produce, report, topic, value, report.origin))
         else:
-            self._refused(report, topic, error, message.latency() or 0.0)
+            self._in_flight_back.append(partial(self._produce, report, topic, value, report.origin, uncertain=True))
 
-    def _refused(self, report: Report, topic: str, error: Any, age_s: float = 0.0) -> None:
+    def _refused(self, report: Report, topic: str, error: Any) -> None:
         """Kafka refuses a record for good: make it a dead letter, or spool that."""
         if report.headers is not None:
             self._dead_letter_refused(report, error.str())
             return
         self._log_refused("record refused", topic=topic, error=error.str(), path=report.origin.path)
-        self._or_later(partial(self._queue_dead_letter, report, refusals.REASON_KAFKA_REFUSED, time.time() - age_s))
+        self._or_later(partial(self._queue_dead_letter, report, refusals.REASON_KAFKA_REFUSED))
 
     # Onward
 
-    def _produce(self, report: Reporting, topic: str, value: bytes, origin: Origin) -> None:
-        """Queue a record or a dead letter. Raises QueueFull, and KafkaException for what Kafka can never take."""
-        key = origin.principal.user_id.encode()
-        if self._given_up:
-            assert isinstance(report, Report)  # noqa: S101  # `send` makes nothing else then
-            if report.original is None:
-                report.original = value
-            self._put_aside(report, topic, value, uncertain=False)
-            return
-        if self._producer.broken:
+    def _check_turn(self) -> None:
+        """Raise QueueFull while older messages wait for room: nothing new may overtake them."""
+        if self._deferred or self._in_flight_back or self._queued_back:
+            self._producer.note_full()
             raise QueueFull
+
+    def _produce(self, report: Reporting, topic: str, value: bytes, origin: Origin, *, uncertain: bool = False) -> None:
+        """Queue a record or a dead letter. Raises QueueFull, and KafkaException for what Kafka can never take."""
+        known = report if isinstance(report, Report) else None
+        if self._given_up:
+            assert known is not None  # noqa: S101  # `send` makes nothing else then
+            if known.original is None:
+                known.original = value
+            self._put_aside(known, topic, value, uncertain)
+            return
+        headers, received_at_ms = (known.headers, known.received_at_ms) if known else (None, 0)
+        key = origin.principal.user_id.encode()
         try:
-            if isinstance(report, Report) and report.headers is not None:
-                self._producer.produce_with_headers(topic, value, key, report.on_delivery, report.headers)
-            else:
-                self._producer.produce(topic, value, key, -1, report.on_delivery)
+            self._producer.queue(topic, value, key, report.on_delivery, headers, received_at_ms)
         except BufferError:
             self._producer.note_full()
             raise QueueFull from None
@@ -287,9 +296,9 @@ class Delivery:
                 raise QueueFull from None
             raise
 
-    def _queue_dead_letter(self, report: Report, reason: str, received_at: float) -> None:
+    def _queue_dead_letter(self, report: Report, reason: str) -> None:
         origin = report.origin
-        report.headers = headers(origin, reason, received_at, self._gateway)
+        report.headers = headers(origin, reason, report.received_at_ms or time.time_ns() // 1_000_000, self._gateway)
         try:
             self._produce(report, self.routes.dead_letter, report.original or b"", origin)
         except QueueFull:
@@ -340,7 +349,7 @@ class Delivery:
             message_type=report.tally.message_type,
             path=origin.path,
             connection_id=origin.connection_id,
-            spooled_at_ms=time.time_ns() // 1_000_000,
+            received_at_ms=report.received_at_ms or time.time_ns() // 1_000_000,
             reason=reason,
             uncertain=uncertain,
         )
@@ -349,7 +358,14 @@ class Delivery:
             self._count_spooled(report, reason)
             origin.settle(report.index)
 
-        spool.add(record, done)
+        spool.add(record, done, partial(self._offer_again, report, topic, value))
+
+    def _offer_again(self, report: Report, topic: str, value: bytes) -> None:
+        """Kafka may take by now what the spool does not. Raises QueueFull."""
+        try:
+            self._produce(report, topic, value, report.origin)
+        except KafkaException as error:
+            self._refused(report, topic, error.args[0])
 
     def _count_spooled(self, report: Report, reason: str) -> None:
         tally = report.tally
@@ -377,6 +393,8 @@ class Delivery:
     def _retry_deferred(self) -> bool:
         """Queue in order what found no room before; true while some is left."""
         deferred = self._deferred
+        if self._producer.broken or self._given_up:
+            return True
         while deferred:
             try:
                 deferred[0]()
@@ -390,15 +408,17 @@ class Delivery:
             deferred.popleft()
         return False
 
+    def _take_back(self) -> None:
+        """Put what the producer handed back before what waits: it is older."""
+        self._deferred.extendleft(reversed(self._queued_back))
+        self._deferred.extendleft(reversed(self._in_flight_back))
+        self._queued_back.clear()
+        self._in_flight_back.clear()
+
     def _renewed(self) -> None:
         if not self._given_up:
-            self.produce = self._producer.produce
+            self._take_back()
             self._retry_deferred()
-
-
-def _no_room(*_: object) -> None:
-    """Stands in for `KafkaProducer.produce` where nothing may be produced."""
-    raise BufferError
 
 
 def _count_received(tally: Tally, raw: bytes) -> None:

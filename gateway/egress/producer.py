@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +27,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from gateway.errors import StartupError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from gateway.telemetry.logging import Log
     from gateway.telemetry.metrics import Counters
@@ -82,6 +83,13 @@ OWN_PROPERTIES: Final = frozenset(
 )
 """What the gateway's promises rest on and ``[kafka.properties]`` may not change."""
 
+Produce = Callable[[str, bytes, bytes, int, Callable[[Any, Any], None]], None]
+
+
+def _no_room(*_: object) -> None:
+    """Stands in for confluent-kafka's produce() where nothing may be produced."""
+    raise BufferError
+
 
 class KafkaProducer:
     """The one producer of the process. `run` is its task; everything else is called from the Trio thread."""
@@ -103,6 +111,7 @@ class KafkaProducer:
         """Why the present producer can never send again, until another has taken its place; empty while it can."""
         self.missing_topics: tuple[str, ...] = ()
         self._room_at = 0
+        self._closed = False
         self._renew_pause_s = RENEW_PAUSE_S
         self._renewed_at = -math.inf
         self.on_room: Callable[[], None] = lambda: None
@@ -112,11 +121,15 @@ class KafkaProducer:
         """Called after every poll; true while there is more to queue than there was room for."""
         self._last_error = ""
         self._properties = {**PROPERTIES, **properties, "bootstrap.servers": bootstrap_servers}
-        self._open()
+        self._producer = self._open()
+        self.produce: Produce = self._producer.produce
+        """For new messages: confluent-kafka's own method, positional, not wrapped, since it is called for each of them.
 
-    def _open(self) -> None:
+        Raises BufferError while the producer is broken and until what it held is queued again."""
+
+    def _open(self) -> Producer:
         try:
-            self._producer = Producer(
+            return Producer(
                 {
                     **self._properties,
                     "error_cb": self._on_error,
@@ -127,23 +140,39 @@ class KafkaProducer:
         except (KafkaException, ValueError, TypeError) as error:
             reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
             raise StartupError(f"kafka.properties: librdkafka refuses the settings: {reason}") from error
-        self.produce: Callable[[str, bytes, bytes, int, Callable[[Any, Any], None]], None] = self._producer.produce
-        """confluent-kafka's own method, positional, not wrapped: it is called for every message."""
 
     def __len__(self) -> int:
         """Records not confirmed yet, reports not yet read included."""
         return len(self._producer)
 
-    def produce_with_headers(
+    def queue(
         self,
         topic: str,
         value: bytes,
         key: bytes,
         on_delivery: Callable[[Any, Any], None],
-        headers: list[tuple[str, bytes]],
+        headers: list[tuple[str, bytes]] | None = None,
+        received_at_ms: int = 0,
     ) -> None:
-        """Queue one record with headers. Raises BufferError when there is no room."""
-        self._producer.produce(topic, value, key, on_delivery=on_delivery, headers=[*headers])
+        """Queue one record, whoever waits. Raises BufferError when there is no room.
+
+        ``received_at_ms`` becomes its CreateTime, milliseconds since the epoch; 0 is now.
+        """
+        if self.broken:
+            raise BufferError
+        self._producer.produce(
+            topic,
+            value,
+            key,
+            on_delivery=on_delivery,
+            headers=[*headers] if headers else None,
+            timestamp=received_at_ms,
+        )
+
+    def take_nothing_new(self) -> None:
+        """From now on `produce` raises BufferError."""
+        self._closed = True
+        self.produce = _no_room
 
     def note_full(self) -> None:
         """A record found no room; `on_room` is called when there is some again."""
@@ -157,6 +186,7 @@ class KafkaProducer:
         self.up = False
         if not self.broken:
             self.broken = reason
+            self.produce = _no_room
             self.full = True
             self._room_at = sys.maxsize
             self._log.error("the producer failed for good", error=reason, remedy="another one takes its place")
@@ -174,35 +204,52 @@ class KafkaProducer:
         crowded = self.after_poll()
         if self.full and not self.broken and not crowded and len(self._producer) <= self._room_at:
             self.full = False
+            if not self._closed:
+                self.produce = self._producer.produce
             self.on_room()
 
     async def run(self) -> None:
         """Poll, and replace a broken producer, until cancelled."""
-        while True:
-            self.poll()
-            if self.broken:
-                await self._renew()
-            await trio.sleep(POLL_BUSY_S if len(self._producer) else POLL_QUIET_S)
+        async with trio.open_nursery() as nursery:
+            while True:
+                self.poll()
+                if self.broken:
+                    await self._renew(nursery)
+                await trio.sleep(POLL_BUSY_S if len(self._producer) else POLL_QUIET_S)
 
-    async def _renew(self) -> None:
+    async def _renew(self, nursery: trio.Nursery) -> None:
         """Put another producer in the place of the broken one; everything that one held has been reported by then."""
         if trio.current_time() - self._renewed_at < MAX_RENEW_PAUSE_S:
-            await trio.sleep(self._renew_pause_s)
+            await self._poll_for(self._renew_pause_s)
             self._renew_pause_s = min(MAX_RENEW_PAUSE_S, self._renew_pause_s * 2)
         else:
             self._renew_pause_s = RENEW_PAUSE_S
-        old = [self._producer]
-        old[0].purge()
-        while len(old[0]):
-            self.poll()
-            await trio.sleep(POLL_BUSY_S)
-        self._open()
-        self.broken = ""
         self._renewed_at = trio.current_time()
+        self._producer.purge()
+        while len(self._producer):
+            await self._poll_for(POLL_BUSY_S)
+        try:
+            another = self._open()
+        except StartupError as error:  # a file that the properties name is being replaced, say
+            self._log.error("no other producer", error=str(error), remedy="tried again soon")
+            return
+        old = [self._producer]
+        self._producer = another
+        self.broken = ""
         self._counters.renewals += 1
         self._log.warning("another producer has taken over")
         self.on_renewed()
-        await trio.to_thread.run_sync(old.clear, abandon_on_cancel=True)  # joins librdkafka's threads
+        # Joins librdkafka's threads, which may hang in a name lookup.
+        nursery.start_soon(partial(trio.to_thread.run_sync, old.clear, abandon_on_cancel=True))
+
+    async def _poll_for(self, seconds: float) -> None:
+        """Poll for a while."""
+        until = trio.current_time() + seconds
+        while True:
+            self.poll()
+            await trio.sleep(POLL_BUSY_S)
+            if trio.current_time() >= until:
+                return
 
     async def check_topics(self, topics: list[str]) -> bool:
         """Ask the cluster for each topic, in a thread; true when all are there.

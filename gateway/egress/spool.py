@@ -20,8 +20,9 @@ import re
 import struct
 import zlib
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgpack
@@ -57,7 +58,7 @@ class Record:
     message_type: str
     path: str
     connection_id: str
-    spooled_at_ms: int
+    received_at_ms: int
     reason: str
     """Why it is here: one of `gateway.refusals.SPOOL_REASONS`."""
     uncertain: bool
@@ -101,12 +102,11 @@ class Segment:
                 end += _HEADER.size + len(body)
                 yield record, end
 
-    def finish(self) -> None:
+    def finish(self, *, damaged: bool) -> None:
         """Every record is sent: delete the file, durably, or keep it aside as ``NAME.damaged``. Raises OSError."""
-        if self.fault_at() is None:
-            self.path.unlink()
-        else:
-            self.path.rename(self.path.with_suffix(DAMAGED))
+        if damaged:
+            os.link(self.path, self.path.with_suffix(DAMAGED))  # link(2) replaces nothing, rename(2) would
+        self.path.unlink()
         _sync_directory(self.path.parent)
 
 
@@ -121,15 +121,38 @@ def _read_body(file: BinaryIO) -> bytes | None:
     return body if len(body) == length and zlib.crc32(body) == checksum else None
 
 
+_FIELDS: Final = Record.__slots__
+_KINDS: Final[tuple[type | tuple[type, ...], ...]] = (
+    str,
+    bytes,
+    bytes,
+    int,
+    (tuple, NoneType),
+    str,
+    str,
+    str,
+    str,
+    str,
+    int,
+    str,
+    bool,
+)
+
+
 def _encode(record: Record) -> bytes:
-    body: bytes = msgpack.packb(astuple(record))
+    body: bytes = msgpack.packb([getattr(record, name) for name in _FIELDS])
     return _HEADER.pack(len(body), zlib.crc32(body)) + body
 
 
 def _decode(body: bytes) -> Record:
-    fields = msgpack.unpackb(body, use_list=False)
-    topic, key, value, original_bytes, headers, *rest = fields
-    return Record(topic, key, value, original_bytes, None if headers is None else list(headers), *rest)
+    """The record of a sound body. Raises ValueError, TypeError or msgpack's errors for what is no record of ours."""
+    fields = list(msgpack.unpackb(body, use_list=False))
+    for field, kind in zip(fields, _KINDS, strict=True):
+        if not isinstance(field, kind):
+            raise TypeError(f"{field!r} is no {kind}")
+    if fields[4] is not None:
+        fields[4] = [(str(name), bytes(value)) for name, value in fields[4]]
+    return Record(*fields)
 
 
 def list_segments(directory: Path) -> list[Segment]:
@@ -139,6 +162,21 @@ def list_segments(directory: Path) -> list[Segment]:
     except OSError as error:
         raise SpoolError(f"spool {directory}: {error.strerror}") from error
     return [Segment(path) for path in names]
+
+
+def in_use(directory: Path) -> bool:
+    """True while a process holds the spool; its last segment may then end in the middle of a write."""
+    try:
+        lock = os.open(directory / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 class Spool:
@@ -154,7 +192,9 @@ class Spool:
         self._file: int | None = None
         self._end = 0
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not directory.is_dir():
+                directory.mkdir(mode=0o700, parents=True)
+                _sync_directory(directory.parent)
             self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise SpoolError(f"spool.directory: {directory}: {error.strerror}") from error
@@ -164,7 +204,8 @@ class Spool:
             os.close(self._lock)
             raise SpoolError(f"spool.directory: {directory} is in use by another process") from error
         self.old = list_segments(directory)
-        self._number = int(self.old[-1].path.stem) if self.old else 0
+        # Files that were set aside count too: their names must not come again.
+        self._number = max((int(path.stem) for path in directory.iterdir() if path.stem.isdecimal()), default=0)
 
     def close(self) -> None:
         """Give the directory back."""
@@ -206,9 +247,6 @@ class Spool:
             with suppress(OSError):
                 os.ftruncate(file, self._end)
             self._close_file()
-            if self._end <= len(MAGIC):
-                with suppress(OSError):
-                    self._path().unlink()
             raise
         self._end += len(data)
 
@@ -224,13 +262,21 @@ class Spool:
         self._file = os.open(self._path(), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._end = 0
         self._write(self._file, MAGIC)
-        _sync_directory(self.directory)
+        try:
+            _sync_directory(self.directory)
+        except OSError:
+            self._close_file()
+            raise
         return self._file
 
     def _close_file(self) -> None:
+        """Close the segment; one that holds no record is removed."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
+            if self._end <= len(MAGIC):
+                with suppress(OSError):
+                    self._path().unlink()
 
 
 def _sync_directory(directory: Path) -> None:

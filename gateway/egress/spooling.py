@@ -1,8 +1,8 @@
 """The spool at work: what writes to it while the daemon runs, and what sends it again at the next start.
 
 `SpoolWriter` gathers records and has a thread append them; a record is settled when the disk has it. While the disk
-takes nothing, records wait in memory, unsettled, and are tried again; beyond `MAX_WAITING_BYTES` the writer is
-``blocked``, and nothing more should be read from clients.
+takes nothing, records wait in memory, unsettled, and are tried again, on the disk and with Kafka; beyond
+`MAX_WAITING_BYTES` the writer is ``blocked``, and nothing more should be read from clients.
 
 `Replay` offers the old segments' records to Kafka in the order they were spooled, before anybody may connect, so
 that they precede all new traffic of their keys; a segment is deleted when Kafka has confirmed every record of it.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
@@ -31,8 +32,13 @@ if TYPE_CHECKING:
 
 MAX_WAITING_BYTES: Final = 16 * 1024 * 1024
 """Records that may wait in memory for a disk that takes nothing before reading stops."""
+RECORD_OVERHEAD_BYTES: Final = 512
+"""What a record takes beside its value: an empty message is not free."""
 BATCH_BYTES: Final = 4 * 1024 * 1024
-"""Records written at once: enough to share an fsync, little enough that a nearly full disk still takes some."""
+BATCH_RECORDS: Final = 4096
+"""Records written at once: enough to share an fsync, some 20 ms of encoding."""
+AGAIN_RECORDS: Final = 1000
+"""Records offered to Kafka again at each failed attempt to write."""
 RETRY_S: Final = 1.0
 """Between attempts to write to a disk that takes nothing."""
 READ_RECORDS: Final = 500
@@ -41,16 +47,30 @@ ROOM_S: Final = 0.02
 """Between attempts to queue a record when the producer has no room."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    record: Record
+    done: Callable[[], None]
+    again: Callable[[], None] | None
+
+    @property
+    def weight(self) -> int:
+        """Bytes it takes, about, here and on the disk."""
+        return len(self.record.value) + RECORD_OVERHEAD_BYTES
+
+
 class SpoolWriter:
     """Appends to the spool from the Trio thread. `run` is its task; ``fault`` says why the disk takes nothing."""
 
     def __init__(self, spool: Spool, log_fault: RateLimited) -> None:
         self._spool = spool
         self._log_fault = log_fault
-        self._waiting: deque[tuple[Record, Callable[[], None]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._waiting_bytes = 0
         self._work = trio.Event()
         self._writing = trio.Lock()
+        self._batch_records = BATCH_RECORDS
+        self._was_blocked = False
         self.fault = ""
         self.on_blocked: Callable[[], None] = lambda: None
         self.on_unblocked: Callable[[], None] = lambda: None
@@ -64,78 +84,111 @@ class SpoolWriter:
         """Too much waits for the disk."""
         return self._waiting_bytes > MAX_WAITING_BYTES
 
-    def add(self, record: Record, done: Callable[[], None]) -> None:
-        """Write ``record`` soon; ``done`` is called when the disk has it."""
-        self._waiting.append((record, done))
-        self._waiting_bytes += len(record.value)
+    def add(self, record: Record, done: Callable[[], None], again: Callable[[], None] | None = None) -> None:
+        """Write ``record`` soon; ``done`` is called when the disk has it.
+
+        While the disk takes nothing, ``again`` may be called instead: it offers the record to Kafka once more, raises
+        QueueFull when there is no room, and adds the record here again if Kafka still refuses it.
+        """
+        self._waiting.append(_Waiting(record, done, again))
+        self._waiting_bytes += self._waiting[-1].weight
         self._work.set()
-        if self.blocked:
+        if self.blocked and not self._was_blocked:
+            self._was_blocked = True
             self.on_blocked()
 
     async def run(self) -> None:
-        """Write until cancelled."""
+        """Write until cancelled; a write that is under way then is abandoned."""
         while True:
             await self._work.wait()
-            if not await self._write_batch():
+            if not await self._write_batch() and self.fault:
                 await trio.sleep(RETRY_S)
+                async with self._writing:
+                    self._offer_again()
 
     async def flush(self, timeout_s: float) -> int:
-        """Write everything that waits, unless the disk takes nothing or it takes too long; return what is left."""
-        with trio.move_on_after(timeout_s):
-            while self._waiting and await self._write_batch():
-                pass
+        """Write everything that waits, unless the disk takes nothing or it takes too long; return what is left.
+
+        A write that is under way at the deadline is waited for: what is on the disk is not lost.
+        """
+        deadline = trio.current_time() + timeout_s
+        while self._waiting and trio.current_time() < deadline:
+            if not await self._write_batch() and self.fault:
+                break
         return len(self._waiting)
 
     async def _write_batch(self) -> bool:
-        """Write the first records; false when the disk did not take them. Cancelled, it ends after the write."""
+        """Write the first records; false when the disk did not take them: then the next batch is half as long."""
         async with self._writing:
-            batch: list[tuple[Record, Callable[[], None]]] = []
+            batch: list[_Waiting] = []
             size = 0
-            for record, done in self._waiting:
-                if batch and size + len(record.value) > BATCH_BYTES:
+            for waiting in islice(self._waiting, self._batch_records):
+                if batch and size + waiting.weight > BATCH_BYTES:
                     break
-                size += len(record.value)
-                batch.append((record, done))
+                size += waiting.weight
+                batch.append(waiting)
+            records = [waiting.record for waiting in batch]
             try:
                 if batch:
-                    await trio.to_thread.run_sync(self._spool.append, [record for record, _ in batch])
+                    await trio.to_thread.run_sync(self._spool.append, records, abandon_on_cancel=True)
             except SpoolError as error:
-                self.fault = str(error)
-                self._log_fault("the spool takes nothing", error=self.fault, waiting=len(self._waiting))
+                self._batch_records = max(1, len(batch) // 2)
+                if len(batch) == 1:
+                    self.fault = str(error)
+                    self._log_fault("the spool takes nothing", error=self.fault, waiting=len(self._waiting))
                 return False
-            was_blocked = self.blocked
             self.fault = ""
-            self._waiting_bytes -= size
-            for _, done in batch:
+            self._batch_records = BATCH_RECORDS
+            for waiting in batch:
                 self._waiting.popleft()
-                done()
-            if not self._waiting:
-                self._work = trio.Event()
-            if was_blocked and not self.blocked:
-                self.on_unblocked()
+                self._waiting_bytes -= waiting.weight
+                waiting.done()
+            self._check()
             return True
+
+    def _offer_again(self) -> None:
+        """Kafka may take what the disk does not: offer it the first records that may be offered."""
+        for _ in range(min(len(self._waiting), AGAIN_RECORDS)):
+            waiting = self._waiting.popleft()
+            self._waiting_bytes -= waiting.weight
+            try:
+                if waiting.again is None:
+                    self._keep(waiting)
+                else:
+                    waiting.again()
+            except QueueFull:
+                self._keep(waiting)
+                break
+        self._check()
+
+    def _keep(self, waiting: _Waiting) -> None:
+        self._waiting.append(waiting)
+        self._waiting_bytes += waiting.weight
+
+    def _check(self) -> None:
+        if not self._waiting:
+            self._work = trio.Event()
+            self.fault = ""
+        if self._was_blocked and not self.blocked:
+            self._was_blocked = False
+            self.on_unblocked()
 
 
 class SegmentReplay:
     """How far one segment has come."""
 
-    def __init__(self) -> None:
-        self._unsettled = 0
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.unsettled = 0
+        """Records on their way."""
+        self.damaged = False
         self._all_offered = False
         self.settled = trio.Event()
         """Every record is confirmed by Kafka, or in a newer segment."""
 
-    def offered(self) -> None:
-        """One more record is on its way."""
-        self._unsettled += 1
-
-    def taken_back(self) -> None:
-        """The producer had no room for it."""
-        self._unsettled -= 1
-
     def settle(self) -> None:
         """One record is settled."""
-        self._unsettled -= 1
+        self.unsettled -= 1
         self._check()
 
     def all_offered(self) -> None:
@@ -144,7 +197,7 @@ class SegmentReplay:
         self._check()
 
     def _check(self) -> None:
-        if self._all_offered and not self._unsettled:
+        if self._all_offered and not self.unsettled:
             self.settled.set()
 
 
@@ -177,30 +230,39 @@ class Replay:
         self._counters = counters
         self._log = log
         self._offering = trio.CancelScope()
+        self._under_way: list[SegmentReplay] = []
         self.waiting = bool(spool.old)
         """True until every record has been handed to the producer."""
 
+    @property
+    def unsettled(self) -> int:
+        """Records handed to the producer that Kafka has not confirmed: they are still in the spool."""
+        return sum(replay.unsettled for replay in self._under_way)
+
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Offer everything, report started, then wait for Kafka and delete segment by segment.
+        """Offer everything, report started, then wait for Kafka and delete each segment it has confirmed.
 
         Cancelled or stopped, it leaves segments that are not wholly confirmed, to be sent again.
         """
-        under_way: list[tuple[Segment, SegmentReplay]] = []
-        with self._offering:
-            for segment in self._spool.old:
-                under_way.append((segment, await self._offer(segment)))  # noqa: PERF401  # what is done counts if stopped
-            self.waiting = False
-        task_status.started()
-        for segment, replay in under_way:
-            await replay.settled.wait()
-            await self._finish(segment)
+        async with trio.open_nursery() as nursery:
+            with self._offering:
+                for segment in self._spool.old:
+                    await self._offer(segment, nursery)
+                self.waiting = False
+            task_status.started()
 
     def stop(self) -> None:
         """Offer nothing more."""
         self._offering.cancel()
 
-    async def _offer(self, segment: Segment) -> SegmentReplay:
-        replay = SegmentReplay()
+    async def tidy(self) -> None:
+        """Wait until every segment that is confirmed is deleted."""
+        while any(replay.settled.is_set() for replay in self._under_way):  # noqa: ASYNC110  # `_finish` is no event
+            await trio.sleep(ROOM_S)
+
+    async def _offer(self, segment: Segment, nursery: trio.Nursery) -> None:
+        replay = SegmentReplay(segment)
+        self._under_way.append(replay)
         records = segment.read()
         count = 0
         try:
@@ -211,32 +273,36 @@ class Replay:
             fault_at = await trio.to_thread.run_sync(segment.fault_at)
         except OSError as error:
             self._log.error("spool segment unreadable, left where it is", segment=str(segment.path), error=str(error))
-            replay.offered()  # never settled
-        else:
-            if fault_at is not None:
-                self._log.error("spool segment damaged", segment=str(segment.path), records=count, fault_at=fault_at)
-            self._log.info("spool segment offered to Kafka", segment=str(segment.path), records=count)
+            return
+        if fault_at is not None:
+            replay.damaged = True
+            self._log.error("spool segment damaged", segment=str(segment.path), records=count, fault_at=fault_at)
+        self._log.info("spool segment offered to Kafka", segment=str(segment.path), records=count)
         replay.all_offered()
-        return replay
+        nursery.start_soon(self._finish, replay)
 
     async def _offer_record(self, record: Record, replay: SegmentReplay) -> None:
         principal = Principal(record.user_id, record.company_id, "", 0.0)
         origin = SpooledOrigin(record.connection_id, principal, record.path, replay)
         while True:
-            replay.offered()
+            replay.unsettled += 1
             try:
                 self._delivery.replay(record, origin)
             except QueueFull:
-                replay.taken_back()
+                replay.unsettled -= 1
                 await trio.sleep(ROOM_S)
             else:
                 self._counters.replayed += 1
                 return
 
-    async def _finish(self, segment: Segment) -> None:
+    async def _finish(self, replay: SegmentReplay) -> None:
+        """Delete a segment when all of it is settled."""
+        await replay.settled.wait()
+        segment = replay.segment
         try:
-            await trio.to_thread.run_sync(segment.finish)
+            await trio.to_thread.run_sync(partial(segment.finish, damaged=replay.damaged))
         except OSError as error:
             self._log.error("spool segment sent and not deleted", segment=str(segment.path), error=str(error))
         else:
             self._log.info("spool segment sent", segment=str(segment.path))
+        self._under_way.remove(replay)

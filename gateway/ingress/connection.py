@@ -114,6 +114,11 @@ class Connection:
         self._takes_while_closing = False
         self._task: trio.lowlevel.Task | None = None
 
+    @property
+    def backlog(self) -> int:
+        """Messages read and not handed over yet; none in a connection that hands over nothing."""
+        return 0
+
     # What a subclass provides
 
     def _take(self, items: list[Item]) -> None:
@@ -315,7 +320,7 @@ class Connection:
             raise
         finally:
             self.state = ENDED
-            self._readiness.forget(self)
+            self._readiness.remove(self)
             self.sock.close()
 
     def _start(self, first: bytes) -> None:

@@ -5,7 +5,7 @@ wake of Trio so serves many sockets, and no task is scheduled for a message.
 
 States: polling, or paused (`pause`, when the producer has no room). While paused nothing is read from
 anybody: TCP pushes back to the clients. A connection that could not hand over everything it had read
-waits in ``_stalled`` and goes first when reading resumes.
+waits in ``_stalled`` and goes first when reading resumes, even when it has ended by then.
 
 Invariant: an exception out of one connection's `feed` reaches that connection's `crash` and nobody else.
 """
@@ -36,6 +36,10 @@ class Feedable(Protocol):
     """A connection as this module sees it; all methods are synchronous."""
 
     fd: int
+
+    @property
+    def backlog(self) -> int:
+        """Messages read and not handed over yet."""
 
     def feed(self) -> None:
         """Read what has arrived and handle it."""
@@ -73,6 +77,16 @@ class Readiness:
         """True while nobody is read."""
         return self._resumed is not None
 
+    @property
+    def stalled(self) -> int:
+        """Connections, ended ones too, that have something left to hand over."""
+        return len(self._stalled)
+
+    @property
+    def backlog(self) -> int:
+        """Messages those have."""
+        return sum(connection.backlog for connection in self._stalled)
+
     def __len__(self) -> int:
         return len(self._connections)
 
@@ -86,12 +100,6 @@ class Readiness:
         if self._connections.get(connection.fd) is connection:
             del self._connections[connection.fd]
             self._epoll.unregister(connection.fd)
-
-    def forget(self, connection: Feedable) -> None:
-        """`remove`, and what ``connection`` has left to hand over with it."""
-        self.remove(connection)
-        if connection in self._stalled:
-            self._stalled.remove(connection)
 
     def want_write(self, connection: Feedable, wanted: bool) -> None:
         """Say whether ``connection.flush`` is to be called when its socket takes bytes again."""

@@ -212,9 +212,9 @@ class Session(Connection):
                 self._wake()
 
     @property
-    def backlog(self) -> bool:
-        """Messages were read and could not be handed over."""
-        return self._backlog is not None
+    def backlog(self) -> int:
+        """Messages that were read and could not be handed over yet."""
+        return sum(item.__class__ is bytes for item in self._backlog or ())
 
     @property
     def unsettled(self) -> bool:

@@ -40,8 +40,6 @@ class Sessions:
         self._counters = counters
         self._sessions: set[Session] = set()
         self._empty: trio.Event | None = None
-        self.unfinished: list[Session] = []
-        """Sessions that were cut off with something read and not handed over; `Session.resume` does that."""
         # Unique over restarts and over processes on one port, and short: it is in every dead letter.
         self._prefix = secrets.token_hex(4)
         self._numbers = itertools.count(1)
@@ -73,8 +71,6 @@ class Sessions:
         self._admission.leave()
         self._books.close(session.principal.company_id)
         self._counters.closes[session.outcome] += 1
-        if session.backlog:
-            self.unfinished.append(session)
         if self._empty is not None and not self._sessions:
             self._empty.set()
 
@@ -112,7 +108,7 @@ async def see_off(sessions: Sequence[Session]) -> None:
     A client that understands notices sends nothing more after it, so that it is told of everything it sent before the
     close. Takes up to `SETTLE_S` where somebody understands, else no time.
     """
-    understood = [session for session in sessions if session.announce_restart()]
+    understood = [session for session in sessions if _announce(session)]
     if understood:
         with trio.move_on_after(SETTLE_S):
             await trio.sleep(NOTICE_S)
@@ -121,7 +117,18 @@ async def see_off(sessions: Sequence[Session]) -> None:
     close(sessions)
 
 
+def _announce(session: Session) -> bool:
+    try:
+        return session.announce_restart()
+    except Exception as error:  # the barrier around each connection
+        session.crash(error)
+        return False
+
+
 def close(sessions: Iterable[Session]) -> None:
     """Close sessions for a restart; what was under way is still taken."""
     for session in sessions:
-        session.close(refusals.CLOSE_RESTART, take_rest=True)
+        try:
+            session.close(refusals.CLOSE_RESTART, take_rest=True)
+        except Exception as error:  # the barrier around each connection
+            session.crash(error)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import resource
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import msgpack
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.core.ports import QueueFull
 from gateway.egress import spool as spool_module
 from gateway.egress.spool import MAGIC, Record, Segment, Spool, list_segments
+from gateway.egress.spooling import SpoolWriter
 from gateway.errors import SpoolError
+from gateway.telemetry.logging import RateLimited
 
 RECORD = Record(
     topic="tick-data",
@@ -25,7 +32,7 @@ RECORD = Record(
     message_type="tick_data",
     path="/ws/mt5",
     connection_id="c-9",
-    spooled_at_ms=1_700_000_000_000,
+    received_at_ms=1_700_000_000_000,
     reason="drain_timeout",
     uncertain=True,
 )
@@ -122,14 +129,30 @@ def test_garbage_behind_the_records_is_named_and_kept_aside_when_they_are_sent(d
     with segment.path.open("ab") as file:
         file.write(b"\xff" * 100)
     assert (list(segment.read()), segment.fault_at()) == (numbered(3), sound)
-    segment.finish()
+    segment.finish(damaged=True)
     assert list_segments(directory) == []
     assert (directory / "0000000001.damaged").stat().st_size == sound + 100
 
 
+def test_what_was_kept_aside_is_never_replaced(directory: Path) -> None:
+    for _ in range(2):
+        (segment,) = written(directory, numbered(1))
+        segment.finish(damaged=True)
+    assert len(list(directory.glob("*.damaged"))) == 2
+
+
+def test_record_of_another_kind_is_a_fault_and_no_crash(directory: Path) -> None:
+    (segment,) = written(directory, numbered(1))
+    sound = segment.size_bytes
+    with segment.path.open("ab") as file:
+        body = msgpack.packb([None] * 13)
+        file.write(spool_module._HEADER.pack(len(body), zlib.crc32(body)) + body)
+    assert (list(segment.read()), segment.fault_at()) == (numbered(1), sound)
+
+
 def test_sound_segment_is_deleted_when_it_is_sent(directory: Path) -> None:
     (segment,) = written(directory, numbered(3))
-    segment.finish()
+    segment.finish(damaged=False)
     assert [path.name for path in directory.iterdir()] == ["lock"]
 
 
@@ -162,3 +185,72 @@ def test_disk_that_takes_half_a_record_keeps_none_of_it_and_the_spool_goes_on(di
     segments = list_segments(directory)
     assert [record for segment in segments for record in segment.read()] == numbered(4)
     assert [segment.fault_at() for segment in segments] == [None] * len(segments)
+
+
+class Log:
+    """What `SpoolWriter` says."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+
+    def __call__(self, event: str, **fields: object) -> None:
+        self.faults.append(str(fields["error"]))
+
+
+def make_writer(directory: Path, max_bytes: int) -> tuple[Spool, SpoolWriter, Log]:
+    spool = Spool(directory, max_bytes)
+    log = Log()
+    return spool, SpoolWriter(spool, RateLimited(log, lambda: 0.0)), log
+
+
+async def test_nearly_full_spool_takes_what_still_fits_and_says_what_does_not(directory: Path) -> None:
+    spool, writer, log = make_writer(directory, 65_536)
+    settled: list[int] = []
+    for number, record in enumerate(numbered(1000)):
+        writer.add(replace(record, value=bytes(900)), lambda number=number: settled.append(number))  # type: ignore[misc]  # a default
+    left = await writer.flush(10)
+    spool.close()
+    assert settled == list(range(len(settled))), "in order"
+    assert (len(settled) + left, len(writer)) == (1000, left)
+    assert 50 < len(settled) < 75
+    assert "exceed spool.max_bytes" in writer.fault
+    assert len(log.faults) == 1
+    assert len(list(list_segments(directory)[0].read())) == len(settled)
+
+
+async def test_many_small_records_that_wait_for_the_disk_block_too(directory: Path) -> None:
+    spool, writer, _ = make_writer(directory, 65_536)
+    blocked: list[bool] = []
+    writer.on_blocked = lambda: blocked.append(True)
+    for _ in range(40_000):
+        writer.add(replace(RECORD, value=b""), lambda: None)
+    spool.close()
+    assert writer.blocked
+    assert blocked == [True]
+
+
+async def test_what_the_disk_does_not_take_is_offered_to_kafka_again(
+    directory: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    spool, writer, _ = make_writer(directory, 65_536)
+    taken: list[int] = []
+
+    def again() -> None:
+        if len(taken) < 3:
+            raise_full = len(taken) == 1 and not full
+            if raise_full:
+                full.append(True)
+                raise QueueFull
+        taken.append(1)
+
+    full: list[bool] = []
+    for _ in range(5):
+        writer.add(replace(RECORD, value=bytes(70_000)), lambda: pytest.fail("the disk has no room for it"), again)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        while len(writer):
+            await trio.sleep(0.1)
+        nursery.cancel_scope.cancel()
+    spool.close()
+    assert len(taken) == 5
+    assert writer.fault == ""

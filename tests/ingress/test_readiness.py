@@ -15,6 +15,8 @@ from gateway.ingress.readiness import Readiness
 class Reader:
     """A connection that notes what it reads, and raises, pauses or stalls when told to."""
 
+    backlog = 0
+
     def __init__(self, readiness: Readiness, name: str, journal: list[str]) -> None:
         self.ours, self.peer = socket.socketpair()
         self.ours.setblocking(False)
