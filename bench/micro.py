@@ -13,6 +13,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import trio
 from google.protobuf.message import DecodeError
@@ -106,7 +107,7 @@ def session_steps(
         lane = delivery.lane(session, "tick_data")
         assert lane is not None
         for _ in range(count):
-            producer.produce(lane.topic, message, b"user-000001", -1, lane.on_delivery)
+            producer.produce(lane.topic, message, b"user-000001", -1, partial(lane.on_delivery, delivery.next_number()))
 
     def route(count: int) -> None:
         for _ in range(count // batch):

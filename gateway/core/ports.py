@@ -42,15 +42,20 @@ class Reporting(Protocol):
         """What the producer calls with (error, message) when Kafka has answered."""
 
 
-class Lane(Reporting, Protocol):
+class Lane(Protocol):
     """One connection's messages of one type on their way to one topic.
 
-    A report moves the message from ``tally.in_flight`` to its outcome. The lane's own is for records sent as they were
-    received by a connection that wants no acks.
+    A report moves the message from ``tally.in_flight`` to its outcome.
     """
 
     topic: str
     tally: Tally
+
+    def on_delivery(self, number: int, error: Any, message: Any, /) -> None:
+        """The report on a record that was sent as received by a connection that wants no acks.
+
+        ``number`` is from `Egress.next_number`; the producer calls with the rest.
+        """
 
     def report(self, original: bytes | None, index: int, /) -> Reporting:
         """The report of a message that was stamped (``original``) or that its client counts (``index``)."""
@@ -69,6 +74,10 @@ class Egress(Protocol):
 
         The caller counts the message into ``lane.tally``; `send` is the same with everything around it.
         """
+
+    @property
+    def next_number(self) -> Callable[[], int]:
+        """The number of the next record: they order what has to be sent again."""
 
     def lane(self, origin: Origin, message_type: str) -> Lane | None:
         """The lane for a message type, None when it has no route."""

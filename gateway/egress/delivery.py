@@ -5,16 +5,17 @@ until Kafka's report, or until the spool has it; reports run on the Trio thread,
 
 What Kafka refuses for good becomes a dead letter; when the dead-letter topic refuses that too, and when a drain has
 waited long enough (`give_up`), it goes to the spool; without a spool it is dropped, counted and logged. What a broken
-producer hands back is queued again with the next one: first what was in flight, then what was queued, then what had not
-been queued again yet (``_deferred``), which is the order in which it came.
+producer hands back is queued again with the next one, in the order in which it came: each record has a number, since
+librdkafka's purge reports what it had begun to send behind what it had not.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import trio
 from confluent_kafka import KafkaError, KafkaException
@@ -28,11 +29,9 @@ from gateway.egress.spool import Record
 from gateway.egress.spooling import SpooledOrigin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from gateway.core.books import Books, Tally
     from gateway.core.ports import Lane as LanePort
-    from gateway.core.ports import Origin, Reporting
+    from gateway.core.ports import Origin
     from gateway.core.routing import Routes
     from gateway.egress.producer import KafkaProducer, Produce
     from gateway.egress.spooling import SpoolWriter
@@ -74,8 +73,8 @@ class Lane:
         self.topic = topic
         self.tally = tally
 
-    def on_delivery(self, error: Any, message: Any) -> None:
-        """Kafka's report on one record that was sent as received and that nobody wants to be told of."""
+    def on_delivery(self, number: int, error: Any, message: Any) -> None:
+        """Kafka's report on record ``number``, sent as received, that nobody wants to be told of."""
         # hot: once a message; ints only, the rest sampled. `Report.on_delivery` counts the same way: shared code
         # would be a call more for each message.
         if error is None:
@@ -86,7 +85,9 @@ class Lane:
             if not tally.delivered & SAMPLE_MASK:
                 self._delivery.observe(message.latency())
         else:
-            self.report(None, 0).on_delivery(error, message)
+            report = self.report(None, 0)
+            report.number = number
+            report.on_delivery(error, message)
 
     def report(self, original: bytes | None, index: int) -> Report:
         """What remembers more of one message: its bytes as received, where they were stamped, and its number."""
@@ -97,10 +98,10 @@ class Report:
     """One message on its way, with what is needed when it is refused, and when it is settled.
 
     ``original`` is the message as received, None where the record holds it; ``index`` its number in its connection,
-    0 where nobody counts; ``headers`` are there once it is a dead letter.
+    0 where nobody counts; ``headers`` are there once it is a dead letter; ``number`` orders all records.
     """
 
-    __slots__ = ("_delivery", "headers", "index", "origin", "original", "received_at_ms", "tally")
+    __slots__ = ("_delivery", "headers", "index", "number", "origin", "original", "received_at_ms", "tally")
 
     def __init__(self, delivery: Delivery, origin: Origin, tally: Tally, original: bytes | None, index: int) -> None:
         self._delivery = delivery
@@ -109,6 +110,7 @@ class Report:
         self.original = original
         self.index = index
         self.headers: Headers | None = None
+        self.number = delivery.next_number()
         self.received_at_ms = 0
         """Known once it has failed, for the record that follows; milliseconds since the epoch."""
 
@@ -137,6 +139,17 @@ class Report:
         return len(self.original or b"")
 
 
+class _Onward(NamedTuple):
+    """A message's next step."""
+
+    report: Report
+    go: partial[None]
+
+
+def _number(onward: _Onward) -> int:
+    return onward.report.number
+
+
 class Delivery:
     """Queues records and counts their fate; the one place that changes outcomes in the books."""
 
@@ -163,15 +176,15 @@ class Delivery:
         self._log_refused = log_refused
         self._spool = spool
         self._given_up = False
-        self._in_flight_back: list[Callable[[], None]] = []
-        self._queued_back: list[Callable[[], None]] = []
-        self._deferred: deque[Callable[[], None]] = deque()
+        self.next_number = itertools.count(1).__next__
+        self._handed_back: list[_Onward] = []
+        self._deferred: deque[_Onward] = deque()
         producer.after_poll = self._retry_deferred
         producer.on_renewed = self._renewed
 
     def __len__(self) -> int:
         """Messages that Kafka has not answered for and that are not in the spool's hands."""
-        return len(self._producer) + len(self._deferred) + len(self._in_flight_back) + len(self._queued_back)
+        return len(self._producer) + len(self._deferred) + len(self._handed_back)
 
     # The Egress port
 
@@ -190,12 +203,10 @@ class Delivery:
     def send(self, lane: LanePort, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
         """Queue ``raw + stamp`` and count it. Raises QueueFull."""
         self._check_turn()
-        if stamp or index or self._given_up:
-            report: Reporting = lane.report(raw if stamp else None, index)
-        else:
-            report = lane
+        report = lane.report(raw if stamp else None, index)
+        assert isinstance(report, Report)  # noqa: S101  # our own lanes make them
         try:
-            self._produce(report, lane.topic, raw + stamp, origin)
+            self._produce(report, lane.topic, raw + stamp)
         except KafkaException as error:
             self._log_refused("record refused", topic=lane.topic, error=str(error), path=origin.path)
             self._queue_dead_letter(Report(self, origin, lane.tally, raw, index), refusals.REASON_KAFKA_REFUSED)
@@ -219,7 +230,7 @@ class Delivery:
         report.headers = record.headers
         report.received_at_ms = record.received_at_ms
         try:
-            self._produce(report, record.topic, record.value, origin)
+            self._produce(report, record.topic, record.value)
         except KafkaException as error:
             self._refused(report, record.topic, error.args[0])
         _count_received(tally, raw)
@@ -235,7 +246,7 @@ class Delivery:
         self._take_back()
         while self._deferred:
             for _ in range(min(len(self._deferred), GIVE_UP_RECORDS)):
-                self._deferred.popleft()()
+                self._deferred.popleft().go()
             await trio.lowlevel.checkpoint()
 
     # Kafka's reports
@@ -253,10 +264,9 @@ class Delivery:
             self._producer.note_broken(error.str())
         if not (self._given_up or self._producer.broken or code in _PURGED):
             self._refused(report, topic, error)
-        elif code == KafkaError._PURGE_QUEUE:
-            self._queued_back.append(partial(self._produce, report, topic, value, report.origin))
         else:
-            self._in_flight_back.append(partial(self._produce, report, topic, value, report.origin, uncertain=True))
+            uncertain = code != KafkaError._PURGE_QUEUE
+            self._handed_back.append(_Onward(report, partial(self._produce, report, topic, value, uncertain)))
 
     def _refused(self, report: Report, topic: str, error: Any) -> None:
         """Kafka refuses a record for good: make it a dead letter, or spool that."""
@@ -264,29 +274,26 @@ class Delivery:
             self._dead_letter_refused(report, error.str())
             return
         self._log_refused("record refused", topic=topic, error=error.str(), path=report.origin.path)
-        self._or_later(partial(self._queue_dead_letter, report, refusals.REASON_KAFKA_REFUSED))
+        self._or_later(_Onward(report, partial(self._queue_dead_letter, report, refusals.REASON_KAFKA_REFUSED)))
 
     # Onward
 
     def _check_turn(self) -> None:
         """Raise QueueFull while older messages wait for room: nothing new may overtake them."""
-        if self._deferred or self._in_flight_back or self._queued_back:
+        if self._deferred or self._handed_back:
             self._producer.note_full()
             raise QueueFull
 
-    def _produce(self, report: Reporting, topic: str, value: bytes, origin: Origin, *, uncertain: bool = False) -> None:
+    def _produce(self, report: Report, topic: str, value: bytes, uncertain: bool = False) -> None:
         """Queue a record or a dead letter. Raises QueueFull, and KafkaException for what Kafka can never take."""
-        known = report if isinstance(report, Report) else None
         if self._given_up:
-            assert known is not None  # noqa: S101  # `send` makes nothing else then
-            if known.original is None:
-                known.original = value
-            self._put_aside(known, topic, value, uncertain)
+            if report.original is None:
+                report.original = value
+            self._put_aside(report, topic, value, uncertain)
             return
-        headers, received_at_ms = (known.headers, known.received_at_ms) if known else (None, 0)
-        key = origin.principal.user_id.encode()
+        key = report.origin.principal.user_id.encode()
         try:
-            self._producer.queue(topic, value, key, report.on_delivery, headers, received_at_ms)
+            self._producer.queue(topic, value, key, report.on_delivery, report.headers, report.received_at_ms)
         except BufferError:
             self._producer.note_full()
             raise QueueFull from None
@@ -300,7 +307,7 @@ class Delivery:
         origin = report.origin
         report.headers = headers(origin, reason, report.received_at_ms or time.time_ns() // 1_000_000, self._gateway)
         try:
-            self._produce(report, self.routes.dead_letter, report.original or b"", origin)
+            self._produce(report, self.routes.dead_letter, report.original or b"")
         except QueueFull:
             report.headers = None
             raise
@@ -363,7 +370,7 @@ class Delivery:
     def _offer_again(self, report: Report, topic: str, value: bytes) -> None:
         """Kafka may take by now what the spool does not. Raises QueueFull."""
         try:
-            self._produce(report, topic, value, report.origin)
+            self._produce(report, topic, value)
         except KafkaException as error:
             self._refused(report, topic, error.args[0])
 
@@ -384,11 +391,11 @@ class Delivery:
 
     # What waits for room
 
-    def _or_later(self, queue: Callable[[], None]) -> None:
+    def _or_later(self, onward: _Onward) -> None:
         try:
-            queue()
+            onward.go()
         except QueueFull:  # bounded by what was in flight: each failed record made room for what follows it
-            self._deferred.append(queue)
+            self._deferred.append(onward)
 
     def _retry_deferred(self) -> bool:
         """Queue in order what found no room before; true while some is left."""
@@ -396,24 +403,20 @@ class Delivery:
         if self._producer.broken or self._given_up:
             return True
         while deferred:
+            onward = deferred[0]
             try:
-                deferred[0]()
+                onward.go()
             except QueueFull:
                 return True
             except KafkaException as error:  # the record was taken once; it is not now
-                queue = deferred[0]
-                assert isinstance(queue, partial)  # noqa: S101  # of `_produce`: `_queue_dead_letter` does not raise it
-                report, topic = queue.args[:2]
-                self._refused(report, topic, error.args[0])
+                self._refused(onward.report, onward.go.args[1], error.args[0])
             deferred.popleft()
         return False
 
     def _take_back(self) -> None:
-        """Put what the producer handed back before what waits: it is older."""
-        self._deferred.extendleft(reversed(self._queued_back))
-        self._deferred.extendleft(reversed(self._in_flight_back))
-        self._queued_back.clear()
-        self._in_flight_back.clear()
+        """Put what the producer handed back, and what still waits, into the order in which it came."""
+        self._deferred = deque(sorted((*self._handed_back, *self._deferred), key=_number))
+        self._handed_back.clear()
 
     def _renewed(self) -> None:
         if not self._given_up:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gateway import refusals
@@ -117,7 +118,7 @@ class Session(Connection):
         user_id, company_id, key = principal.user_id, principal.company_id, self._key
         lanes = self._lanes
         egress = self._context.egress
-        produce = egress.produce
+        produce, next_number = egress.produce, egress.next_number
         acks = self._acks
         rest = iter(items)
         # hot: the plain case in one go, with locals for all that a message touches; whatever is not plain, and
@@ -138,8 +139,10 @@ class Session(Connection):
                     and envelope.company_id == company_id
                     and not envelope.enable_tracing
                 ):
-                    report = lane if acks is None else lane.report(None, self.received + 1)
-                    produce(lane.topic, item, key, -1, report.on_delivery)
+                    if acks is None:
+                        produce(lane.topic, item, key, -1, partial(lane.on_delivery, next_number()))
+                    else:
+                        produce(lane.topic, item, key, -1, lane.report(None, self.received + 1).on_delivery)
                     tally = lane.tally
                     tally.received += 1
                     tally.received_bytes += len(item)

@@ -337,7 +337,7 @@ async def test_order_holds_when_a_producer_fails_while_it_is_still_being_refille
             found: list[int] = []
             while 100 not in found:
                 found += [int(record.value() or b"") for record in records.take(1, key="alice")]
-        assert list(dict.fromkeys(found)) == list(range(101))
+        assert list(dict.fromkeys(found)) == list(range(101)), found
         assert room == [True], "and nothing new before all of them are queued"
         assert side.books.totals().imbalance == 0
 

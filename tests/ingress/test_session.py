@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -35,16 +36,21 @@ LIMITS = ConnectionLimits(
 )
 
 
+class ScriptedReport:
+    def on_delivery(self, error: Any, message: Any, /) -> None:
+        """Never called: nothing is really sent."""
+
+
 class ScriptedLane:
     def __init__(self, topic: str) -> None:
         self.topic = topic
         self.tally = Tally()
 
-    def on_delivery(self, error: Any, message: Any, /) -> None:
+    def on_delivery(self, number: int, error: Any, message: Any, /) -> None:
         """Never called: nothing is really sent."""
 
-    def report(self, original: bytes | None, index: int, /) -> ScriptedLane:
-        return self
+    def report(self, original: bytes | None, index: int, /) -> ScriptedReport:
+        return ScriptedReport()
 
 
 class ScriptedEgress:
@@ -54,6 +60,7 @@ class ScriptedEgress:
 
     def __init__(self) -> None:
         self.room = 1_000_000
+        self.next_number = itertools.count(1).__next__
         self.bug: Exception | None = None
         self.sent: list[bytes] = []
         self.dead: list[tuple[bytes, str]] = []
@@ -75,7 +82,7 @@ class ScriptedEgress:
 
     def send(self, lane: Any, origin: Any, raw: bytes, stamp: bytes, index: int) -> None:
         try:
-            self.produce(lane.topic, raw + stamp, b"", -1, lane.on_delivery)
+            self.produce(lane.topic, raw + stamp, b"", -1, lane.report(None, index).on_delivery)
         except BufferError:
             raise QueueFull from None
 
