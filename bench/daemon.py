@@ -50,6 +50,7 @@ class Daemon:
         cpus: str | None = None,
         environment: dict[str, str] | None = None,
         wait_ready: bool = True,
+        workers: int = 1,
     ) -> None:
         self.secret = secrets.token_urlsafe(48).encode()
         self._embedded = kafka == "embedded"
@@ -65,6 +66,7 @@ class Daemon:
         self._cpus = cpus
         self._environment = environment or {}
         self._wait_ready = wait_ready
+        self._workers = workers
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self.process: subprocess.Popen[str] | None = None
@@ -137,6 +139,8 @@ class Daemon:
         self._release()
         self._lines = queue.Queue()
         command = [sys.executable, "-m", "gateway", "serve", "--config", str(self.home / "gateway.toml")]
+        if self._workers > 1:
+            command += ["--workers", str(self._workers)]
         if self._embedded:
             command.append("--embedded-kafka")
         if self._cpus:

@@ -28,7 +28,7 @@ from gateway.errors import ConfigError
 from gateway.ingress.connection import ConnectionLimits
 from gateway.ingress.handshake import Handshake
 from gateway.ingress.heartbeat import Heartbeat
-from gateway.ingress.listener import Listener, open_listening_socket
+from gateway.ingress.listener import Listener, in_url, open_listening_socket
 from gateway.ingress.readiness import Readiness
 from gateway.ingress.session import SessionContext
 from gateway.ingress.sessions import Sessions, see_off
@@ -267,8 +267,8 @@ class Gateway:
         listen, sidecar = self._settings.listen, self._settings.sidecar
         scheme = "ws" if self._tls is None else "wss"
         return Addresses(
-            listen=f"{scheme}://{_in_url(listen.host)}:{port}{listen.path}",
-            sidecar=f"http://{_in_url(sidecar.host)}:{sidecar_port}",
+            listen=f"{scheme}://{in_url(listen.host)}:{port}{listen.path}",
+            sidecar=f"http://{in_url(sidecar.host)}:{sidecar_port}",
             kafka=self._bootstrap_servers,
         )
 
@@ -494,7 +494,3 @@ class Gateway:
         if not self._readiness.turns & ROUTING_SAMPLE_MASK:
             times = sockets * (ROUTING_SAMPLE_MASK + 1)
             self._counters.routing_s.observe(duration_s / sockets, times)
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -83,7 +83,9 @@ def serve(
     port: int | None = None,
     sidecar_port: int | None = None,
     log_level: Literal["debug", "info", "warning", "error"] | None = None,
+    workers: Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1, lte=1024))] = 1,
     sets: Set = (),
+    parent: Annotated[int | None, Parameter(show=False)] = None,
 ) -> int:
     """Run the daemon until SIGTERM or SIGINT.
 
@@ -102,12 +104,52 @@ def serve(
         Port of health and metrics, 0 for a free one (sidecar.port).
     log_level
         Log lines from this level up (log.level).
+    workers
+        Processes that share the port, for hosts with several cores; their sidecars are added up in one.
+        Limits (listen.max_connections, kafka.max_queued_messages, ...) hold for each of them.
     sets
         Any other setting, as SECTION.KEY=VALUE; may be repeated.
+    parent
+        The process that this one is a worker of.
     """
     flags = _flags(listen__host=host, listen__port=port, sidecar__port=sidecar_port, log__level=log_level, sets=sets)
     load = partial(_load, config_file, flags, development=embedded_kafka)
+    if parent is not None:
+        from gateway.workers import end_with_parent
+
+        end_with_parent(parent)
+    if workers > 1:
+        return _run(partial(_supervise, load(), workers, config_file, flags, embedded_kafka))
     return _run(partial(_serve, load(), load, embedded_kafka))
+
+
+async def _supervise(
+    settings: Settings, workers: int, config_file: Path | None, flags: dict[str, Any], embedded_kafka: bool
+) -> int:
+    from gateway.egress.embedded import EmbeddedKafka
+    from gateway.telemetry.logging import Log, stderr_descriptor
+    from gateway.telemetry.metrics import Counters
+    from gateway.workers import Supervisor
+
+    log = Log(Counters(), level=settings.log.level, style=settings.log.format, descriptor=stderr_descriptor())
+    command = [sys.executable, "-m", "gateway", "serve"]
+    if config_file is not None:
+        command += ["--config", str(config_file)]
+    elif settings.auth.secret_file is not None:
+        flags = {**flags, "auth.secret_file": settings.auth.secret_file}
+    command += [
+        f"--set={name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in flags.items()
+    ]
+    with ExitStack() as stack:
+        stack.callback(log.close)
+        if embedded_kafka:
+            kafka = settings.kafka.model_copy(
+                update={"bootstrap_servers": stack.enter_context(EmbeddedKafka()).bootstrap_servers}
+            )
+            settings = settings.model_copy(update={"kafka": kafka})
+        supervisor = Supervisor(settings, workers, command, log, version=version("gateway"), say=_say)
+        await supervisor.run()
+        return 1 if supervisor.failed else 0
 
 
 def _load(path: Path | None, flags: dict[str, Any], *, development: bool) -> Settings:

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 app = cyclopts.App(name="spool", help="The spool: records that Kafka has not taken yet.")
 
 
-def _settings_with_spool(path: Path) -> tuple[Settings, Path]:
+def _settings_with_spool(path: Path, directory: Path | None = None) -> tuple[Settings, Path]:
     settings = config.load(path)
+    if directory is not None:
+        return settings, directory
     if settings.spool.directory is None:
         raise ConfigError([f"{path}: spool.directory: is not set"])
     return settings, Path(settings.spool.directory)
@@ -109,6 +111,7 @@ def _shown(record: Record, segment: str) -> dict[str, Any]:
 def replay(
     *,
     config_file: Annotated[Path, Parameter(name="--config")],
+    directory: Path | None = None,
     timeout: Annotated[float, Parameter(validator=cyclopts.validators.Number(gt=0))] = 60.0,
 ) -> int:
     """Send what a spool holds to Kafka, in order, and delete what Kafka has confirmed; the daemon must not be running.
@@ -119,10 +122,12 @@ def replay(
     ----------
     config_file
         The daemon's TOML file.
+    directory
+        Another directory than the file's: a worker's (``worker-0``, ...), say.
     timeout
         Seconds to wait for Kafka.
     """
-    settings, directory = _settings_with_spool(config_file)
+    settings, directory = _settings_with_spool(config_file, directory)
     sent, left = trio.run(_replay, settings, directory, timeout)
     print(f"{directory}: {sent} records offered to Kafka, {left} segments left")
     return 1 if left else 0

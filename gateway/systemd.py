@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import time
+from typing import Final
 
 import trio
+
+VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID")
+"""What systemd says to one process; its children are not meant."""
 
 
 def notify(*assignments: str) -> None:

@@ -55,8 +55,18 @@ class Entry(Protocol[C]):
         """The connection that `enter` made has ended."""
 
 
-def open_listening_socket(host: str, port: int, *, backlog: int, reuse_port: bool) -> socket.socket:
-    """A bound, listening, non-blocking socket; port 0 picks a free one. Raises StartupError naming the address."""
+def in_url(host: str) -> str:
+    """A host as URLs write it (RFC 3986 3.2.2)."""
+    return f"[{host}]" if ":" in host else host
+
+
+def open_listening_socket(
+    host: str, port: int, *, backlog: int, reuse_port: bool, listening: bool = True
+) -> socket.socket:
+    """A bound, non-blocking socket; port 0 picks a free one. Raises StartupError naming the address.
+
+    Without ``listening`` it only keeps the port for others that share it.
+    """
     where = f"listen: {host}:{port}"
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -73,7 +83,8 @@ def open_listening_socket(host: str, port: int, *, backlog: int, reuse_port: boo
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.setblocking(False)
         sock.bind(address)
-        sock.listen(backlog)
+        if listening:
+            sock.listen(backlog)
     except OSError as error:
         sock.close()
         raise StartupError(f"{where}: {error.strerror or error}") from error

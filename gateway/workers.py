@@ -1,0 +1,302 @@
+"""``gateway serve --workers N``: one parent that starts, watches and drains N gateways on one port.
+
+The parent binds the port without listening, which keeps it for the workers (SO_REUSEPORT, socket(7)); the kernel
+spreads connections over those that listen. It reads no client's bytes. Its sidecar adds up its workers': they have one
+each, on a free port of loopback.
+
+A worker that ends without having been told to is started again, after a pause that grows while that repeats; its
+connections are lost, nobody else's. SIGTERM and SIGHUP go to all workers; a worker ends with its parent, whatever ends
+that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from gateway import systemd
+from gateway.errors import StartupError
+from gateway.ingress.listener import in_url, open_listening_socket
+from gateway.sidecar import server, summing
+from gateway.sidecar.asgi import Sidecar
+from gateway.telemetry.logging import RateLimited
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gateway.config import Settings
+    from gateway.telemetry.logging import Log
+
+SCRAPE_S: Final = 1.0
+"""Between readings of the workers' metrics: what a worker that dies counted since the last one is lost to the sum."""
+SCRAPE_TIMEOUT_S: Final = 2.0
+FIRST_PAUSE_S: Final = 0.5
+MAX_PAUSE_S: Final = 30.0
+LONG_LIFE_S: Final = 60.0
+"""A worker that lived this long starts its pauses from the beginning."""
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+def end_with_parent(parent: int) -> None:
+    """In a worker: get SIGTERM when the parent dies. Raises StartupError when it is gone already."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise StartupError("the parent of this worker is gone")
+
+
+@dataclass
+class Worker:
+    """One place for a process, and the process that holds it."""
+
+    number: int
+    process: trio.Process | None = None
+    sidecar: str = ""
+    ready: bool = False
+    started_at: float = 0.0
+    pause_s: float = FIRST_PAUSE_S
+    page: summing.Page = field(default_factory=dict)
+    health: dict[str, Any] = field(default_factory=dict)
+    """What its sidecar said last."""
+
+
+class Supervisor:
+    """The parent. `run` is its whole life; afterwards ``failed`` says whether a worker ended badly in the drain."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        count: int,
+        command: Sequence[str],
+        log: Log,
+        *,
+        version: str,
+        say: Callable[[str], None],
+    ) -> None:
+        """``command`` starts one worker; settings of its own are appended to it."""
+        self._settings = settings
+        self._command = list(command)
+        self._log = log
+        self._version = version
+        self._say = say
+        self._workers = [Worker(number) for number in range(count)]
+        self._sum = summing.Sum()
+        self._restarts = 0
+        self._drain = trio.Event()
+        self._all_ready = trio.Event()
+        self.failed = False
+
+    async def run(self) -> None:
+        """Serve until the workers have been drained. Raises StartupError when a port cannot be had."""
+        settings = self._settings
+        listen = settings.listen
+        place = open_listening_socket(listen.host, listen.port, backlog=0, reuse_port=True, listening=False)
+        self._port = place.getsockname()[1]
+        sidecar = server.open_socket(settings.sidecar.host, settings.sidecar.port)
+        limited = RateLimited(self._log.error, trio.current_time)
+        self._warn_of_orphans()
+        async with trio.open_nursery() as services:
+            port: int = await services.start(server.run, self._sidecar_app(), sidecar, limited)
+            await services.start(self._handle_signals)
+            services.start_soon(systemd.feed_watchdog)
+            services.start_soon(self._scrape)
+            scheme = "ws" if settings.tls.cert_file is None else "wss"
+            self._say(f"listening on {scheme}://{in_url(listen.host)}:{self._port}{listen.path}")
+            self._say(f"sidecar on http://{in_url(settings.sidecar.host)}:{port}")
+            self._say(f"kafka at {settings.kafka.bootstrap_servers}")
+            services.start_soon(self._announce)
+            async with trio.open_nursery() as workers:
+                for worker in self._workers:
+                    workers.start_soon(self._keep, worker)
+            services.cancel_scope.cancel()
+        place.close()
+
+    async def _announce(self) -> None:
+        await self._all_ready.wait()
+        systemd.notify("READY=1", f"STATUS={len(self._workers)} workers ready")
+        self._say("ready")
+
+    async def _keep(self, worker: Worker) -> None:
+        """Keep one place filled until the drain."""
+        while not self._drain.is_set():
+            status = await self._live(worker)
+            self._sum.retire(worker.page)
+            worker.page, worker.health, worker.ready, worker.process = {}, {}, False, None
+            if self._drain.is_set():
+                self.failed = self.failed or status != 0
+                return
+            self._restarts += 1
+            if trio.current_time() - worker.started_at >= LONG_LIFE_S:
+                worker.pause_s = FIRST_PAUSE_S
+            pause_s, worker.pause_s = worker.pause_s, min(MAX_PAUSE_S, worker.pause_s * 2)
+            self._log.error("worker ended", worker=worker.number, status=status, started_again_after_s=pause_s)
+            with trio.move_on_after(pause_s):
+                await self._drain.wait()
+
+    async def _live(self, worker: Worker) -> int:
+        """Start a worker and wait for its end; its exit status, negative for a signal."""
+        worker.started_at = trio.current_time()
+        environment = {name: value for name, value in os.environ.items() if name not in systemd.VARIABLES}
+        worker.process = await trio.lowlevel.open_process(
+            [*self._command, *self._own_settings(worker)], stdout=subprocess.PIPE, env=environment
+        )
+        if self._drain.is_set():  # it was asked for before there was a process to tell
+            worker.process.send_signal(signal.SIGTERM)
+        try:
+            await self._listen_to(worker, worker.process)
+            return await worker.process.wait()
+        except BaseException:
+            worker.process.kill()
+            with trio.CancelScope(shield=True):
+                await worker.process.wait()
+            raise
+
+    def _own_settings(self, worker: Worker) -> list[str]:
+        settings = {
+            "listen.port": self._port,
+            "listen.reuse_port": "true",
+            "sidecar.host": "127.0.0.1",
+            "sidecar.port": 0,
+            "kafka.bootstrap_servers": self._settings.kafka.bootstrap_servers,
+        }
+        if self._settings.spool.directory is not None:
+            settings["spool.directory"] = str(self._spool_of(worker.number).absolute())
+        return ["--parent", str(os.getpid()), *(f"--set={name}={value}" for name, value in settings.items())]
+
+    def _spool_of(self, number: int) -> Path:
+        return Path(self._settings.spool.directory or "") / f"worker-{number}"
+
+    def _warn_of_orphans(self) -> None:
+        """Segments of another number of workers: nobody sends them."""
+        directory = self._settings.spool.directory
+        if directory is None:
+            return
+        own = {self._spool_of(worker.number) for worker in self._workers}
+        segments = (*Path(directory).glob("*.spool"), *Path(directory).glob("worker-*/*.spool"))
+        for orphan in sorted({path.parent for path in segments} - own):
+            self._log.error(
+                "a spool that no worker sends",
+                directory=str(orphan),
+                remedy="gateway spool replay --config FILE --directory DIR, or as many workers as before",
+            )
+
+    async def _listen_to(self, worker: Worker, process: trio.Process) -> None:
+        """Read what a worker says until it closes its standard output."""
+        assert process.stdout is not None  # noqa: S101  # it was asked for
+        said = b""
+        async with process.stdout as stdout:
+            async for data in stdout:
+                said += data
+                *lines, said = said.split(b"\n")
+                for line in lines:
+                    self._heard(worker, line.decode(errors="replace").removeprefix("gateway: "))
+
+    def _heard(self, worker: Worker, line: str) -> None:
+        if line.startswith("sidecar on "):
+            worker.sidecar = line.removeprefix("sidecar on ")
+        elif line == "ready":
+            worker.ready = True
+            self._log.info("worker ready", worker=worker.number)
+            if all(one.ready for one in self._workers):
+                self._all_ready.set()
+
+    async def _handle_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            task_status.started()
+            async for number in signals:
+                if number != signal.SIGHUP and not self._drain.is_set():
+                    self._drain.set()
+                    systemd.notify("STOPPING=1", "STATUS=draining")
+                    self._log.info("draining", workers=len(self._workers))
+                for worker in self._workers:
+                    if worker.process is not None:
+                        worker.process.send_signal(signal.SIGHUP if number == signal.SIGHUP else signal.SIGTERM)
+
+    # The sidecar
+
+    async def _scrape(self) -> None:
+        """Read the workers' sidecars until cancelled."""
+        while True:
+            async with trio.open_nursery() as nursery:
+                for worker in self._workers:
+                    if worker.process is not None and worker.sidecar:
+                        nursery.start_soon(self._read, worker, worker.process)
+            await trio.sleep(SCRAPE_S)
+
+    async def _read(self, worker: Worker, process: trio.Process) -> None:
+        try:
+            health, page = await trio.to_thread.run_sync(_fetch, worker.sidecar, abandon_on_cancel=True)
+        except (OSError, ValueError):
+            return  # it is starting or ending; what it said last counts
+        if worker.process is process:
+            worker.health, worker.page = health, page
+
+    def _reasons(self) -> list[str]:
+        """Ready while one worker is: the others refuse with 503, and clients come again."""
+        if any(worker.health.get("ready") for worker in self._workers):
+            return []
+        return [
+            f"worker {worker.number}: {reason}"
+            for worker in self._workers
+            for reason in worker.health.get("reasons", ["not started"])
+        ]
+
+    def _details(self) -> dict[str, Any]:
+        sums: dict[str, int] = {}
+        for worker in self._workers:
+            for name, value in worker.health.get("messages", {}).items():
+                sums[name] = sums.get(name, 0) + value
+        return {
+            "connections": sum(worker.health.get("connections", 0) for worker in self._workers),
+            "messages": sums,
+            "workers": [
+                {
+                    "worker": worker.number,
+                    "pid": worker.process.pid if worker.process is not None else None,
+                    "sidecar": worker.sidecar,
+                    **worker.health,
+                }
+                for worker in self._workers
+            ],
+            "restarts": self._restarts,
+            "version": self._version,
+        }
+
+    def _metrics(self) -> bytes:
+        running = sum(worker.process is not None for worker in self._workers)
+        own = (
+            ("gateway_workers", "gauge", "Worker processes that run.", float(running)),
+            ("gateway_worker_restarts", "counter", "Workers started again.", float(self._restarts)),
+        )
+        return self._sum.text((worker.page for worker in self._workers), own)
+
+    def _sidecar_app(self) -> Sidecar:
+        return Sidecar(
+            reasons=self._reasons,
+            details=self._details,
+            metrics=self._metrics,
+            version={"gateway": self._version, "python": sys.version.split()[0]},
+        )
+
+
+def _fetch(sidecar: str) -> tuple[dict[str, Any], summing.Page]:
+    """A worker's /health and /metrics. Raises OSError and ValueError."""
+    try:
+        with urllib.request.urlopen(f"{sidecar}/health", timeout=SCRAPE_TIMEOUT_S) as answer:  # noqa: S310  # our own
+            health = answer.read()
+    except urllib.error.HTTPError as error:  # 503 is an answer too
+        with error:
+            health = error.read()
+    with urllib.request.urlopen(f"{sidecar}/metrics", timeout=SCRAPE_TIMEOUT_S) as answer:  # noqa: S310  # our own
+        page = answer.read()
+    return json.loads(health), summing.parse(page.decode())
