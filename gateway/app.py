@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 from trio_util import move_on_when
@@ -34,9 +34,9 @@ from gateway.ingress.session import SessionContext
 from gateway.ingress.sessions import Sessions, see_off
 from gateway.lifecycle import Lifecycle, handle_signals
 from gateway.sidecar import server
-from gateway.sidecar.asgi import Sidecar
+from gateway.status import Status, shown_books
 from gateway.telemetry.logging import RateLimited
-from gateway.telemetry.metrics import Counters, Exposition, Gauges, probe_loop_lag
+from gateway.telemetry.metrics import Counters, probe_loop_lag
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -206,7 +206,7 @@ class Gateway:
         listener = self._listener(listening)
         log_restart = self._limited(self._log.error)
         async with trio.open_nursery() as services:
-            sidecar_port: int = await services.start(server.run, self._sidecar_app(), sidecar, log_restart)
+            sidecar_port: int = await services.start(server.run, self._status().sidecar(), sidecar, log_restart)
             await services.start(self._handle_signals, services)
             services.start_soon(self._producer.run)
             services.start_soon(self._heartbeat.run)
@@ -353,17 +353,7 @@ class Gateway:
                 given_up=self.lost,
                 remedy="Kafka did not confirm them in time, and no spool has them; clients must send them again",
             )
-        totals = self._books.totals()
-        self._log.info(
-            "stopped",
-            received=totals.received,
-            delivered=totals.delivered,
-            dead_lettered=totals.dead_lettered,
-            dropped=totals.dropped,
-            spooled=totals.spooled,
-            in_flight=totals.in_flight,
-            imbalance=totals.imbalance,
-        )
+        self._log.info("stopped", **shown_books(self._books))
 
     # Reload
 
@@ -416,78 +406,19 @@ class Gateway:
         self._log.set_level(settings.log.level)
         self._log.info("reloaded", **({"needs_restart": restart} if restart else {}))
 
-    # What it tells
-
-    def _reasons(self) -> list[str]:
-        reasons = []
-        if self._lifecycle.state.value == "starting":
-            reasons.append("starting")
-        if self._lifecycle.state.value in ("draining", "stopped"):
-            reasons.append("draining")
-        if self._replay is not None and self._replay.waiting:
-            reasons.append("spool_not_sent_yet")
-        if self._spool_writer is not None and self._spool_writer.fault:
-            reasons.append(f"spool_unwritable: {self._spool_writer.fault}")
-        if self._producer.missing_topics:
-            reasons.append(f"topics_missing: {', '.join(self._producer.missing_topics)}")
-        elif self._producer.broken:
-            reasons.append("kafka_producer_replaced")
-        elif not self._producer.up:
-            reasons.append("kafka_unavailable")
-        if self._producer.full:
-            reasons.append("producer_queue_full")
-        return reasons
-
-    def _details(self) -> dict[str, Any]:
-        totals = self._books.totals()
-        return {
-            "state": self._lifecycle.state.value,
-            "connections": len(self._sessions),
-            "companies": self._books.companies,
-            "kafka": {
-                "bootstrap_servers": self._bootstrap_servers,
-                "up": self._producer.up,
-                "queue_messages": len(self._producer),
-                "queue_full": self._producer.full,
-            },
-            "messages": {
-                "received": totals.received,
-                "delivered": totals.delivered,
-                "dead_lettered": totals.dead_lettered,
-                "dropped": totals.dropped,
-                "spooled": totals.spooled,
-                "in_flight": totals.in_flight,
-                "imbalance": totals.imbalance,
-                "unbalanced_companies": len(self._books.unbalanced_companies()),
-            },
-            "spool": {
-                "directory": self._settings.spool.directory,
-                "waiting_records": len(self._spool_writer or ()),
-                "fault": self._spool_writer.fault if self._spool_writer is not None else "",
-            },
-            "version": self._version,
-        }
-
-    def _sidecar_app(self) -> Sidecar:
-        exposition = Exposition(
-            self._counters,
-            self._books,
-            Gauges(
-                connections=lambda: len(self._sessions),
-                producer_queue=lambda: len(self._producer),
-                paused=lambda: self._readiness.paused,
-                ready=lambda: not self._reasons(),
-                kafka_up=lambda: self._producer.up,
-                spool_waiting=lambda: len(self._spool_writer or ()),
-                spool_ok=lambda: self._spool_writer is None or not self._spool_writer.fault,
-            ),
-            self._version,
-        )
-        return Sidecar(
-            reasons=self._reasons,
-            details=self._details,
-            metrics=lambda: exposition.page(trio.current_time()),
-            version={"gateway": self._version, "python": platform.python_version()},
+    def _status(self) -> Status:
+        return Status(
+            lifecycle=self._lifecycle,
+            producer=self._producer,
+            books=self._books,
+            sessions=self._sessions,
+            paused=lambda: self._readiness.paused,
+            counters=self._counters,
+            spool=self._spool_writer,
+            replay=self._replay,
+            spool_directory=self._settings.spool.directory,
+            bootstrap_servers=self._bootstrap_servers,
+            version=self._version,
         )
 
     def _time_turn(self, duration_s: float, sockets: int) -> None:
