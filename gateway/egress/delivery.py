@@ -180,7 +180,6 @@ class Delivery:
         self._handed_back: list[_Onward] = []
         self._deferred: deque[_Onward] = deque()
         producer.after_poll = self._retry_deferred
-        producer.on_renewed = self._renewed
 
     def __len__(self) -> int:
         """Messages that Kafka has not answered for and that are not in the spool's hands."""
@@ -399,9 +398,11 @@ class Delivery:
 
     def _retry_deferred(self) -> bool:
         """Queue in order what found no room before; true while some is left."""
-        deferred = self._deferred
         if self._producer.broken or self._given_up:
             return True
+        if self._handed_back:
+            self._take_back()
+        deferred = self._deferred
         while deferred:
             onward = deferred[0]
             try:
@@ -417,11 +418,6 @@ class Delivery:
         """Put what the producer handed back, and what still waits, into the order in which it came."""
         self._deferred = deque(sorted((*self._handed_back, *self._deferred), key=_number))
         self._handed_back.clear()
-
-    def _renewed(self) -> None:
-        if not self._given_up:
-            self._take_back()
-            self._retry_deferred()
 
 
 def _count_received(tally: Tally, raw: bytes) -> None:

@@ -116,7 +116,6 @@ class KafkaProducer:
         self._renewed_at = -math.inf
         self.on_room: Callable[[], None] = lambda: None
         self.on_broken: Callable[[], None] = lambda: None
-        self.on_renewed: Callable[[], None] = lambda: None
         self.after_poll: Callable[[], bool] = lambda: False
         """Called after every poll; true while there is more to queue than there was room for."""
         self._last_error = ""
@@ -238,7 +237,6 @@ class KafkaProducer:
         self.broken = ""
         self._counters.renewals += 1
         self._log.warning("another producer has taken over")
-        self.on_renewed()
         # Joins librdkafka's threads, which may hang in a name lookup.
         nursery.start_soon(partial(trio.to_thread.run_sync, old.clear, abandon_on_cancel=True))
 
