@@ -5,8 +5,8 @@ The way of one message::
     socket ─► frames ─► envelope header ─► route ─► producer queue ─► Kafka ─► delivery report ─► ack
                                   └──────► dead-letter topic ─► spool ─► (next start)
 
-1. `ingress.listener` accepts and gives each socket one task; `ingress.handshake` reads the upgrade under a deadline, and
-   `core.principal` turns its token into a `Principal`.
+1. `ingress.listener` accepts and gives each socket one task; `ingress.handshake` reads the upgrade under a deadline,
+   and `core.principal` turns its token into a `Principal`.
 2. `ingress.readiness`, one epoll for all, calls `feed` of each `ingress.session` whose socket has something to read;
    `ingress.frames` yields whole messages.
 3. `core.envelope` reads the header and stamps by appending; `core.routing` knows the topic.
