@@ -332,6 +332,7 @@ class Gateway:
 
     async def _give_up(self) -> None:
         """Spool what Kafka has not confirmed and what was read and not handed over."""
+        self._producer.poll()  # what is not a record counts until then
         left, stalled = len(self._delivery), self._readiness.stalled
         if left or stalled:
             self._log.warning("drain ran out of time", unconfirmed=left, unfinished_connections=stalled)

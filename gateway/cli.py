@@ -114,13 +114,9 @@ def serve(
     """
     flags = _flags(listen__host=host, listen__port=port, sidecar__port=sidecar_port, log__level=log_level, sets=sets)
     load = partial(_load, config_file, flags, development=embedded_kafka)
-    if parent is not None:
-        from gateway.workers import end_with_parent
-
-        end_with_parent(parent)
     if workers > 1:
         return _run(partial(_supervise, load(), workers, config_file, flags, embedded_kafka))
-    return _run(partial(_serve, load(), load, embedded_kafka))
+    return _run(partial(_serve, load(), load, embedded_kafka, parent))
 
 
 async def _supervise(
@@ -162,11 +158,12 @@ def _load(path: Path | None, flags: dict[str, Any], *, development: bool) -> Set
     return config.load(path, {**flags, "auth.secret_file": str(devkeys.ensure_secret().absolute())})
 
 
-async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_kafka: bool) -> int:
+async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_kafka: bool, parent: int | None) -> int:
     from gateway.app import Addresses, Gateway  # imported late: --help need not load Kafka
     from gateway.egress.embedded import EmbeddedKafka
     from gateway.telemetry.logging import Log, stderr_descriptor
     from gateway.telemetry.metrics import Counters
+    from gateway.workers import end_with_parent
 
     counters = Counters()
     log = Log(counters, level=settings.log.level, style=settings.log.format, descriptor=stderr_descriptor())
@@ -189,6 +186,8 @@ async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_ka
         async with trio.open_nursery() as nursery:
             addresses: Addresses = await nursery.start(_until_done, gateway.run, nursery.cancel_scope)
             nursery.start_soon(announce, addresses)
+            if parent is not None:
+                nursery.start_soon(end_with_parent, parent)
         return 1 if gateway.lost else 0
 
 

@@ -11,7 +11,6 @@ that.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -45,14 +44,23 @@ FIRST_PAUSE_S: Final = 0.5
 MAX_PAUSE_S: Final = 30.0
 LONG_LIFE_S: Final = 60.0
 """A worker that lived this long starts its pauses from the beginning."""
-_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
-def end_with_parent(parent: int) -> None:
-    """In a worker: get SIGTERM when the parent dies. Raises StartupError when it is gone already."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        raise StartupError("the parent of this worker is gone")
+async def end_with_parent(parent: int) -> None:
+    """In a worker: drain, as on SIGTERM, when the parent has ended. Raises StartupError when it is gone already.
+
+    Not by PR_SET_PDEATHSIG, which tells the end of the thread that forked (prctl(2)), and Trio forks in a thread.
+    """
+    try:
+        ended = os.pidfd_open(parent)
+    except ProcessLookupError:
+        raise StartupError("the parent of this worker is gone") from None
+    try:
+        if os.getppid() == parent:
+            await trio.lowlevel.wait_readable(ended)  # pidfd_open(2): readable when the process has terminated
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.close(ended)
 
 
 @dataclass

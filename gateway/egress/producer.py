@@ -141,7 +141,9 @@ class KafkaProducer:
             raise StartupError(f"kafka.properties: librdkafka refuses the settings: {reason}") from error
 
     def __len__(self) -> int:
-        """Records not confirmed yet, reports not yet read included."""
+        """Records not confirmed yet, reports not yet read included, and librdkafka's own events until the next `poll`.
+
+        0 is certain: nothing is left."""
         return len(self._producer)
 
     def queue(

@@ -195,7 +195,7 @@ async def test_unreachable_kafka_is_not_reached_and_a_flush_ends_in_time(make_si
         for _ in range(10):
             side.producer.poll()
             await trio.sleep(0.03)
-    assert len(side.delivery) == 1
+    assert side.books.totals().in_flight == 1
     await side.delivery.give_up()
     totals = side.books.totals()
     assert (totals.dropped, totals.in_flight, totals.imbalance) == (1, 0, 0)
@@ -329,7 +329,7 @@ async def test_order_holds_when_a_producer_fails_while_it_is_still_being_refille
                     side.producer.note_broken("the test's")
                     while side.counters.renewals < times:
                         await trio.sleep(0.01)
-                    assert len(side.delivery) == 100
+                    assert side.books.totals().in_flight == 100
                 kafka.signal(signal.SIGCONT)
                 while side.books.totals().in_flight:
                     await trio.sleep(0.01)
