@@ -85,6 +85,7 @@ class _Attempt:
         self.sock = socket.socket()
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if source is not None:
             # Ports are chosen when connecting, so that one address serves as many as it has ports for each target.
             self.sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
@@ -111,6 +112,8 @@ class _Attempt:
 
 
 IP_BIND_ADDRESS_NO_PORT: Final = 24  # ip(7); the socket module does not have it
+SEND_BUFFER_BYTES: Final = 65_536
+"""A client's socket buffer. Left to itself Linux lets it grow to 4 MiB: half a minute of a saturated load."""
 ATTEMPT_TIMEOUT_S: Final = 30.0
 RETRY_S: Final = 0.2
 

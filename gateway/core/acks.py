@@ -20,13 +20,14 @@ class Acks:
         self._first_of: dict[int, int] = {}  # and last to first
 
     def settle(self, index: int) -> bool:
-        """Message ``index`` is settled; true when that moved ``settled``."""
+        """Message ``index`` is settled; true when there is something to tell the client now, and was not before."""
         if index == self.settled + 1:
+            news = self.settled == self.told
             self.settled = index
             if self._last_of and index + 1 in self._last_of:
                 self.settled = self._last_of.pop(index + 1)
                 del self._first_of[self.settled]
-            return True
+            return news
         first = self._first_of.pop(index - 1, index)
         last = self._last_of.pop(index + 1, index)
         self._last_of[first] = last

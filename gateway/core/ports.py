@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections import deque
+    from collections.abc import Callable, Iterable
 
     from gateway.core.books import Tally
     from gateway.core.principal import Principal
@@ -35,30 +36,29 @@ class Origin(Protocol):
         """Message ``index`` of this connection has become a dead letter."""
 
 
-class Reporting(Protocol):
-    """Takes Kafka's report on a record."""
-
-    def on_delivery(self, error: Any, message: Any, /) -> None:
-        """What the producer calls with (error, message) when Kafka has answered."""
-
-
 class Lane(Protocol):
     """One connection's messages of one type on their way to one topic.
 
-    A report moves the message from ``tally.in_flight`` to its outcome.
+    Called with Kafka's report, it moves the oldest message from ``tally.in_flight`` to its outcome.
     """
 
     topic: str
     tally: Tally
+    plain: bool
+    """Whether `Egress.produce` may be used, with the lane as its callback and ``waiting`` told of the message."""
+    head: bytes | None
+    """The session's own note: what such messages begin with (`gateway.core.envelope.head`), None before it knows."""
 
-    def on_delivery(self, number: int, error: Any, message: Any, /) -> None:
-        """The report on a record that was sent as received by a connection that wants no acks.
+    @property
+    def waiting(self) -> deque[Any]:
+        """Messages as received that are under way, oldest first."""
 
-        ``number`` is from `Egress.next_number`; the producer calls with the rest.
-        """
+    @property
+    def indices(self) -> deque[int] | None:
+        """Their numbers for `Origin.settle`, None where the client is not acked."""
 
-    def report(self, original: bytes | None, index: int, /) -> Reporting:
-        """The report of a message that was stamped (``original``) or that its client counts (``index``)."""
+    def __call__(self, error: Any, message: Any, /) -> None:
+        """What the producer calls with (error, message) when Kafka has answered."""
 
 
 class Egress(Protocol):
@@ -75,14 +75,10 @@ class Egress(Protocol):
         The caller counts the message into ``lane.tally``; `send` is the same with everything around it.
         """
 
-    @property
-    def next_number(self) -> Callable[[], int]:
-        """The number of the next record: they order what has to be sent again."""
+    def lane(self, origin: Origin, message_type: str, others: Iterable[Any], *, acked: bool) -> Lane | None:
+        """The lane for a message type, None when it has no route; ``others`` are those the connection has."""
 
-    def lane(self, origin: Origin, message_type: str) -> Lane | None:
-        """The lane for a message type, None when it has no route."""
-
-    def send(self, lane: Lane, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
+    def send(self, lane: Any, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
         """Queue ``raw + stamp`` and count it; what Kafka can never take becomes a dead letter. Raises QueueFull.
 
         ``index`` is the message's number for `Origin.settle`, 0 where the client does not count.

@@ -5,8 +5,7 @@ until Kafka's report, or until the spool has it; reports run on the Trio thread,
 
 What Kafka refuses for good becomes a dead letter; when the dead-letter topic refuses that too, and when a drain has
 waited long enough (`give_up`), it goes to the spool; without a spool it is dropped, counted and logged. What a broken
-producer hands back is queued again with the next one, in the order in which it came: each record has a number, since
-librdkafka's purge reports what it had begun to send behind what it had not.
+producer hands back is queued again with the next one, in the order in which it came (`gateway.egress.inflight`).
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from gateway import refusals
 from gateway.core.books import UNKNOWN_TYPE
 from gateway.core.ports import QueueFull
 from gateway.egress.deadletter import headers
+from gateway.egress.inflight import SAMPLE_MASK, Lane, Report
 from gateway.egress.spool import Record
 from gateway.egress.spooling import SpooledOrigin
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from gateway.core.books import Books, Tally
-    from gateway.core.ports import Lane as LanePort
     from gateway.core.ports import Origin
     from gateway.core.routing import Routes
+    from gateway.egress.inflight import Headers
     from gateway.egress.producer import KafkaProducer, Produce
     from gateway.egress.spooling import SpoolWriter
     from gateway.telemetry.logging import RateLimited
     from gateway.telemetry.metrics import Counters
-
-SAMPLE_MASK: Final = 15
-"""One delivery in 16 of a tally goes into the latency histogram: observing costs as much as the rest of a report."""
 
 _PURGED: Final = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)  # their public spelling
 _BROKEN: Final = frozenset(
@@ -59,95 +58,12 @@ _BROKEN: Final = frozenset(
 GIVE_UP_RECORDS: Final = 1000
 """Messages given up between two chances for other tasks."""
 
-Headers = list[tuple[str, bytes]]
-
-
-class Lane:
-    """One session's messages of one type, and what becomes of them."""
-
-    __slots__ = ("_delivery", "_origin", "tally", "topic")
-
-    def __init__(self, delivery: Delivery, origin: Origin, topic: str, tally: Tally) -> None:
-        self._delivery = delivery
-        self._origin = origin
-        self.topic = topic
-        self.tally = tally
-
-    def on_delivery(self, number: int, error: Any, message: Any) -> None:
-        """Kafka's report on record ``number``, sent as received, that nobody wants to be told of."""
-        # hot: once a message; ints only, the rest sampled. `Report.on_delivery` counts the same way: shared code
-        # would be a call more for each message.
-        if error is None:
-            tally = self.tally
-            tally.in_flight -= 1
-            tally.delivered += 1
-            tally.delivered_bytes += len(message)
-            if not tally.delivered & SAMPLE_MASK:
-                self._delivery.observe(message.latency())
-        else:
-            report = self.report(None, 0)
-            report.number = number
-            report.on_delivery(error, message)
-
-    def report(self, original: bytes | None, index: int) -> Report:
-        """What remembers more of one message: its bytes as received, where they were stamped, and its number."""
-        return Report(self._delivery, self._origin, self.tally, original, index)
-
-
-class Report:
-    """One message on its way, with what is needed when it is refused, and when it is settled.
-
-    ``original`` is the message as received, None where the record holds it; ``index`` its number in its connection,
-    0 where nobody counts; ``headers`` are there once it is a dead letter; ``number`` orders all records.
-    """
-
-    __slots__ = ("_delivery", "headers", "index", "number", "origin", "original", "received_at_ms", "tally")
-
-    def __init__(self, delivery: Delivery, origin: Origin, tally: Tally, original: bytes | None, index: int) -> None:
-        self._delivery = delivery
-        self.origin = origin
-        self.tally = tally
-        self.original = original
-        self.index = index
-        self.headers: Headers | None = None
-        self.number = delivery.next_number()
-        self.received_at_ms = 0
-        """Known once it has failed, for the record that follows; milliseconds since the epoch."""
-
-    def on_delivery(self, error: Any, message: Any) -> None:
-        """Kafka's report on the record, or on the dead letter."""
-        if error is not None:
-            if self.original is None:
-                self.original = message.value()
-            self._delivery.failed(self, error, message)
-            return
-        tally = self.tally
-        tally.in_flight -= 1
-        if self.headers is None:
-            tally.delivered += 1
-            tally.delivered_bytes += len(message)
-            if not tally.delivered & SAMPLE_MASK:
-                self._delivery.observe(message.latency())
-        else:
-            tally.dead_lettered += 1
-            tally.dead_lettered_bytes += self.size
-        self.origin.settle(self.index)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the message as received."""
-        return len(self.original or b"")
-
 
 class _Onward(NamedTuple):
     """A message's next step."""
 
     report: Report
     go: partial[None]
-
-
-def _number(onward: _Onward) -> int:
-    return onward.report.number
 
 
 class Delivery:
@@ -177,13 +93,15 @@ class Delivery:
         self._spool = spool
         self._given_up = False
         self.next_number = itertools.count(1).__next__
+        self._returned: dict[Lane, None] = {}
         self._handed_back: list[_Onward] = []
         self._deferred: deque[_Onward] = deque()
         producer.after_poll = self._retry_deferred
 
     def __len__(self) -> int:
         """Messages that Kafka has not answered for and that are not in the spool's hands."""
-        return len(self._producer) + len(self._deferred) + len(self._handed_back)
+        returned = sum(lane.returned for lane in self._returned)
+        return len(self._producer) + returned + len(self._handed_back) + len(self._deferred)
 
     # The Egress port
 
@@ -192,23 +110,28 @@ class Delivery:
         """The producer's own method for new messages."""
         return self._producer.produce
 
-    def lane(self, origin: Origin, message_type: str) -> LanePort | None:
+    def lane(self, origin: Origin, message_type: str, others: Iterable[Lane], *, acked: bool) -> Lane | None:
         """The lane for a message type, None when it has no route."""
         topic = self.routes.topics.get(message_type)
         if topic is None:
             return None
-        return Lane(self, origin, topic, self._books.tally(origin.principal.company_id, message_type))
+        tally = self._books.tally(origin.principal.company_id, message_type)
+        beside = next((other for other in others if other.plain and other.topic == topic), None)
+        return Lane(self, origin, topic, tally, acked=acked, beside=beside)
 
-    def send(self, lane: LanePort, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
+    def send(self, lane: Lane, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
         """Queue ``raw + stamp`` and count it. Raises QueueFull."""
         self._check_turn()
-        report = lane.report(raw if stamp else None, index)
-        assert isinstance(report, Report)  # noqa: S101  # our own lanes make them
-        try:
-            self._produce(report, lane.topic, raw + stamp)
-        except KafkaException as error:
-            self._log_refused("record refused", topic=lane.topic, error=str(error), path=origin.path)
-            self._queue_dead_letter(Report(self, origin, lane.tally, raw, index), refusals.REASON_KAFKA_REFUSED)
+        if self._given_up:
+            self._put_aside(Report(self, origin, lane.tally, raw, index, stamp), lane.topic, raw + stamp, False)
+        else:
+            try:
+                self._queue(origin, lane.topic, raw + stamp, lane.reports_to)
+            except KafkaException as error:
+                self._log_refused("record refused", topic=lane.topic, error=str(error), path=origin.path)
+                self._queue_dead_letter(Report(self, origin, lane.tally, raw, index), refusals.REASON_KAFKA_REFUSED)
+            else:
+                lane.remember(raw, stamp, index)
         _count_received(lane.tally, raw)
 
     def dead_letter(self, origin: Origin, raw: bytes, reason: str, index: int) -> None:
@@ -255,17 +178,27 @@ class Delivery:
         if latency_s is not None:
             self._counters.delivery_s.observe(latency_s, SAMPLE_MASK + 1)
 
-    def failed(self, report: Report, error: Any, message: Any) -> None:
-        """A record will not get through: find its next place."""
-        code, topic, value = error.code(), message.topic(), message.value() or b""
-        report.received_at_ms = int((time.time() - (message.latency() or 0.0)) * 1000)
+    def hands_back(self, error: Any) -> bool:
+        """Whether a failure is not the record's: it is to be queued again, or given up."""
+        code = error.code()
         if code in _BROKEN:
             self._producer.note_broken(error.str())
-        if not (self._given_up or self._producer.broken or code in _PURGED):
-            self._refused(report, topic, error)
+        return self._given_up or bool(self._producer.broken) or code in _PURGED
+
+    def note_returned(self, lane: Lane) -> None:
+        """``lane`` has got records back."""
+        self._returned[lane] = None
+
+    def failed(self, report: Report, error: Any, message: Any) -> None:
+        """A record will not get through: find its next place."""
+        topic = message.topic()
+        if self.hands_back(error):
+            self._hand_back(report, topic, message.value() or b"", error.code() != KafkaError._PURGE_QUEUE)
         else:
-            uncertain = code != KafkaError._PURGE_QUEUE
-            self._handed_back.append(_Onward(report, partial(self._produce, report, topic, value, uncertain)))
+            self._refused(report, topic, error)
+
+    def _hand_back(self, report: Report, topic: str, value: bytes, uncertain: bool) -> None:
+        self._handed_back.append(_Onward(report, partial(self._produce, report, topic, value, uncertain)))
 
     def _refused(self, report: Report, topic: str, error: Any) -> None:
         """Kafka refuses a record for good: make it a dead letter, or spool that."""
@@ -279,20 +212,30 @@ class Delivery:
 
     def _check_turn(self) -> None:
         """Raise QueueFull while older messages wait for room: nothing new may overtake them."""
-        if self._deferred or self._handed_back:
+        if self._deferred or self._handed_back or self._returned:
             self._producer.note_full()
             raise QueueFull
 
     def _produce(self, report: Report, topic: str, value: bytes, uncertain: bool = False) -> None:
         """Queue a record or a dead letter. Raises QueueFull, and KafkaException for what Kafka can never take."""
         if self._given_up:
-            if report.original is None:
-                report.original = value
             self._put_aside(report, topic, value, uncertain)
-            return
-        key = report.origin.principal.user_id.encode()
+        else:
+            self._queue(report.origin, topic, value, report.on_delivery, report.headers, report.received_at_ms)
+
+    def _queue(
+        self,
+        origin: Origin,
+        topic: str,
+        value: bytes,
+        on_delivery: Callable[[Any, Any], None],
+        headers: Headers | None = None,
+        received_at_ms: int = 0,
+    ) -> None:
+        """Queue a record. Raises QueueFull, and KafkaException for what Kafka can never take."""
+        key = origin.principal.user_id.encode()
         try:
-            self._producer.queue(topic, value, key, report.on_delivery, report.headers, report.received_at_ms)
+            self._producer.queue(topic, value, key, on_delivery, headers, received_at_ms)
         except BufferError:
             self._producer.note_full()
             raise QueueFull from None
@@ -306,7 +249,7 @@ class Delivery:
         origin = report.origin
         report.headers = headers(origin, reason, report.received_at_ms or time.time_ns() // 1_000_000, self._gateway)
         try:
-            self._produce(report, self.routes.dead_letter, report.original or b"")
+            self._produce(report, self.routes.dead_letter, report.original)
         except QueueFull:
             report.headers = None
             raise
@@ -322,7 +265,7 @@ class Delivery:
         self._log_refused("dead letter refused", topic=topic, error=error)
         reason = refusals.GIVEN_UP_DEAD_LETTER_REFUSED
         if self._spool is not None:
-            self._to_spool(self._spool, report, topic, report.original or b"", reason, uncertain=False)
+            self._to_spool(self._spool, report, topic, report.original, reason, uncertain=False)
             return
         self._drop(report, reason)
         report.origin.note_rejected(reason, report.index)  # dropped and reported: that settles it
@@ -400,7 +343,7 @@ class Delivery:
         """Queue in order what found no room before; true while some is left."""
         if self._producer.broken or self._given_up:
             return True
-        if self._handed_back:
+        if self._handed_back or self._returned:
             self._take_back()
         deferred = self._deferred
         while deferred:
@@ -416,7 +359,11 @@ class Delivery:
 
     def _take_back(self) -> None:
         """Put what the producer handed back, and what still waits, into the order in which it came."""
-        self._deferred = deque(sorted((*self._handed_back, *self._deferred), key=_number))
+        for lane in sorted(self._returned, key=lambda lane: lane.number):
+            for report, uncertain in lane.take_back():
+                self._hand_back(report, lane.topic, report.record, uncertain)
+        self._returned.clear()
+        self._deferred = deque(sorted((*self._handed_back, *self._deferred), key=lambda one: one.report.number))
         self._handed_back.clear()
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import refusals
-from gateway.core.envelope import foreign, identity_stamp, parse, tracing_stamp
+from gateway.core.envelope import foreign, head, identity_stamp, parse, repeats, tracing_stamp
 from gateway.core.principal import Principal
 from gateway.errors import NotAnEnvelope
 from gateway.v1.envelope_pb2 import MessageEnvelope
@@ -71,3 +71,82 @@ def test_only_the_principals_identity_or_none_passes(user_id: str, company_id: s
 def test_an_empty_message_is_no_envelope() -> None:
     with pytest.raises(NotAnEnvelope):
         parse(b"")
+
+
+plain = st.builds(
+    MessageEnvelope,
+    message_type=names,
+    user_id=names,
+    company_id=names,
+    payload=st.binary(min_size=1, max_size=300),
+    timestamp=st.integers(0, 2**63 - 1),
+)
+field_values = st.builds(MessageEnvelope.SerializeToString, envelopes)
+
+
+def varint(number: int) -> bytes:
+    return bytes((number & 0x7F | 0x80,)) + varint(number >> 7) if number > 0x7F else bytes((number,))
+
+
+@given(
+    plain,
+    st.one_of(
+        st.binary(max_size=40),
+        st.builds(lambda payload, tail: varint(len(payload)) + payload + tail, st.binary(max_size=200), field_values),
+        st.builds(lambda size, data: varint(size) + data, st.integers(0, 70_000), st.binary(max_size=200)),
+        st.builds(
+            lambda payload, tail: varint(len(payload)) + payload + tail, st.binary(max_size=9), st.binary(max_size=12)
+        ),
+    ),
+)
+def test_what_repeats_a_head_parses_and_says_the_same_of_itself(first: MessageEnvelope, rest: bytes) -> None:
+    beginning = head(first.SerializeToString())
+    raw = beginning + rest
+    if not beginning or not repeats(raw, beginning):
+        return
+    other = parse(raw)
+    assert (other.message_type, other.user_id, other.company_id) == (
+        first.message_type,
+        first.user_id,
+        first.company_id,
+    )
+    assert not other.enable_tracing
+    assert not other.correlation_id
+
+
+@given(
+    plain,
+    st.binary(min_size=1, max_size=16_383),
+    st.integers(0, 2**63 - 1),
+)
+def test_another_payload_and_timestamp_repeat_the_head(first: MessageEnvelope, payload: bytes, timestamp: int) -> None:
+    beginning = head(first.SerializeToString())
+    short = max(len(name.encode()) for name in (first.message_type, first.user_id, first.company_id)) < 128
+    assert bool(beginning) == short
+    if beginning:
+        first.payload, first.timestamp = payload, timestamp
+        assert repeats(first.SerializeToString(), beginning)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        MessageEnvelope(user_id="mallory").SerializeToString(),
+        MessageEnvelope(company_id="other").SerializeToString(),
+        MessageEnvelope(message_type="other").SerializeToString(),
+        MessageEnvelope(enable_tracing=True).SerializeToString(),
+        MessageEnvelope(correlation_id="x").SerializeToString(),
+        MessageEnvelope(payload=b"x").SerializeToString(),
+        b"\x28\x01" + MessageEnvelope(user_id="mallory").SerializeToString(),
+        b"\x28\x01\x28\x01",
+        b"\x28" + b"\x80" * 10 + b"\x01",
+        b"\x28\x80",
+        b"\x28",
+    ],
+)
+def test_nothing_may_follow_that_could_override_the_head(tail: bytes) -> None:
+    good = MessageEnvelope(message_type="tick_data", user_id="alice", company_id="acme", payload=b"p")
+    raw = good.SerializeToString()
+    assert head(raw)
+    assert not repeats(raw + tail, head(raw))
+    assert not head(raw + tail)

@@ -20,6 +20,7 @@ from gateway.core.ports import QueueFull
 from gateway.core.principal import Principal
 from gateway.core.routing import Routes
 from gateway.egress.delivery import Delivery
+from gateway.egress.inflight import Lane
 from gateway.egress.producer import KafkaProducer
 from gateway.errors import StartupError
 from gateway.telemetry.logging import Log, RateLimited
@@ -36,6 +37,7 @@ class Sender:
     def __init__(self) -> None:
         self.settled: list[int] = []
         self.rejected: list[tuple[str, int]] = []
+        self.lanes: dict[str, Lane] = {}
 
     def settle(self, index: int, /) -> None:
         self.settled.append(index)
@@ -70,8 +72,11 @@ class Side:
         sender: Sender | None = None,
     ) -> None:
         sender = sender or Sender()
-        lane = self.delivery.lane(sender, message_type)
+        lane = sender.lanes.get(message_type) or self.delivery.lane(
+            sender, message_type, sender.lanes.values(), acked=index > 0
+        )
         assert lane is not None
+        sender.lanes[message_type] = lane
         self.delivery.send(lane, sender, raw, stamp, index)
 
 
@@ -312,16 +317,23 @@ async def test_producer_that_fails_for_good_is_replaced_and_what_it_held_arrives
 
 async def test_order_holds_when_a_producer_fails_while_it_is_still_being_refilled(make_side: Make) -> None:
     with Daemon(settings={"log.level": "warning"}) as kafka:
-        side = make_side(kafka.kafka)
+        # Two types share the topic, and every third message is stamped: each waits for its report in its own way.
+        side = make_side(kafka.kafka, Routes({"tick_data": "tick-data", "user_event": "tick-data"}, "failed-messages"))
+        sender = Sender()
+
+        def send(number: int) -> None:
+            message_type = "user_event" if number % 4 == 3 else "tick_data"
+            side.send(b"%d" % number, b"" if number % 3 else b" ", message_type, number + 1, sender)
+
         room: list[bool] = []
         side.producer.on_room = lambda: room.append(True)
         with Records(kafka.kafka, "tick-data") as records, trio.fail_after(60):
             async with trio.open_nursery() as nursery:
-                side.send(b"0")
+                send(0)
                 await settle(side)
                 kafka.signal(signal.SIGSTOP)
                 for number in range(1, 101):
-                    side.send(b"%d" % number)
+                    send(number)
                 side.producer._properties["queue.buffering.max.messages"] = 30  # the next one cannot hold them all
                 side.producer._properties["message.max.bytes"] = 1_000_001  # and was not made before
                 nursery.start_soon(side.producer.run)
@@ -338,6 +350,7 @@ async def test_order_holds_when_a_producer_fails_while_it_is_still_being_refille
             while 100 not in found:
                 found += [int(record.value() or b"") for record in records.take(1, key="alice")]
         assert list(dict.fromkeys(found)) == list(range(101)), found
+        assert sender.settled == list(range(1, 102))
         assert room == [True], "and nothing new before all of them are queued"
         assert side.books.totals().imbalance == 0
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import socket
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -36,21 +36,18 @@ LIMITS = ConnectionLimits(
 )
 
 
-class ScriptedReport:
-    def on_delivery(self, error: Any, message: Any, /) -> None:
-        """Never called: nothing is really sent."""
-
-
 class ScriptedLane:
+    plain = True
+    head: bytes | None = None
+
     def __init__(self, topic: str) -> None:
         self.topic = topic
         self.tally = Tally()
+        self.waiting: deque[bytes] = deque()
+        self.indices: deque[int] = deque()
 
-    def on_delivery(self, number: int, error: Any, message: Any, /) -> None:
+    def __call__(self, error: Any, message: Any, /) -> None:
         """Never called: nothing is really sent."""
-
-    def report(self, original: bytes | None, index: int, /) -> ScriptedReport:
-        return ScriptedReport()
 
 
 class ScriptedEgress:
@@ -60,7 +57,6 @@ class ScriptedEgress:
 
     def __init__(self) -> None:
         self.room = 1_000_000
-        self.next_number = itertools.count(1).__next__
         self.bug: Exception | None = None
         self.sent: list[bytes] = []
         self.dead: list[tuple[bytes, str]] = []
@@ -77,12 +73,12 @@ class ScriptedEgress:
         self.sent.append(value)
         self.took.set()
 
-    def lane(self, origin: Any, message_type: str) -> ScriptedLane | None:
+    def lane(self, origin: Any, message_type: str, others: Any, *, acked: bool) -> ScriptedLane | None:
         return ScriptedLane("tick-data") if message_type == "tick_data" else None
 
     def send(self, lane: Any, origin: Any, raw: bytes, stamp: bytes, index: int) -> None:
         try:
-            self.produce(lane.topic, raw + stamp, b"", -1, lane.report(None, index).on_delivery)
+            self.produce(lane.topic, raw + stamp, b"", -1, lane)
         except BufferError:
             raise QueueFull from None
 
@@ -317,9 +313,24 @@ async def test_new_routes_are_used_for_the_next_message() -> None:
     async with world() as it:
         await it.peer.send_all(frame(0x2, tick(0)))
         await it.egress.took.wait()
-        it.egress.lane = lambda origin, message_type: ScriptedLane("elsewhere")  # type: ignore[method-assign]  # a reload
+        it.egress.lane = lambda *_, **__: ScriptedLane("elsewhere")  # type: ignore[method-assign]  # a reload
         it.session.forget_routes()
         it.egress.took = trio.Event()
         await it.peer.send_all(frame(0x2, tick(1)))
         await it.egress.took.wait()
         assert it.egress.sent == [tick(0), tick(1)]
+
+
+async def test_message_that_begins_like_the_last_one_is_still_judged_as_a_whole() -> None:
+    async with world() as it:
+        foreign = tick(2) + MessageEnvelope(user_id="mallory").SerializeToString()
+        broken = tick(3)[:-1]
+        for raw in (tick(0), tick(1), foreign, broken, tick(4)):
+            it.egress.took = trio.Event()
+            await it.peer.send_all(frame(0x2, raw))
+            await it.egress.took.wait()
+        assert it.egress.sent == [tick(0), tick(1), tick(4)]
+        assert it.egress.dead == [
+            (foreign, refusals.REASON_FOREIGN_USER),
+            (broken, refusals.REASON_NOT_AN_ENVELOPE),
+        ]
