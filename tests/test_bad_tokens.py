@@ -74,8 +74,8 @@ CASES: dict[str, Make] = {
     "payload no JSON": lambda secret: sign(secret, b"\xff\xfe"),
     "expired": payload(iat=NOW - 100, exp=NOW - 20),
     "long expired": payload(exp=0),
-    "nbf in the future": payload(nbf=NOW + 60),
-    "iat in the future": payload(iat=NOW + 60),
+    "nbf in the future": payload(nbf=NOW + 3600),
+    "iat in the future": payload(iat=NOW + 3600, exp=NOW + 7200),
     "no exp": payload(exp=None),
     "exp a string": payload(exp=str(NOW + 600)),
     "exp true": payload(exp=True),
@@ -128,12 +128,17 @@ def test_bad_token_gets_401_and_is_neither_echoed_nor_logged(daemon: Daemon, nam
         client.upgrade(daemon.token())
 
 
+def just_expired(secret: bytes) -> str:
+    now = int(time.time())
+    return payload(iat=now - 60, exp=now - 1, data=data_claim(expires_at=now - 1))(secret)
+
+
 GOOD: dict[str, Make] = {
     "as minted": payload(),
     "padded data": payload(data=data_claim() + "=="[: -len(data_claim()) % 4]),
-    "data with expires_at": payload(data=data_claim(expires_at=NOW + 300)),
-    "expired within the leeway": payload(iat=NOW - 60, exp=NOW + 60, data=data_claim(expires_at=NOW + 60)),
-    "float times": payload(exp=NOW + 600.5),
+    "data with expires_at": payload(exp=NOW + 7200, data=data_claim(expires_at=NOW + 3600)),
+    "expired within the leeway": just_expired,
+    "float times": payload(exp=NOW + 3600.5),
     "no iat": payload(iat=None),
     "aud that nobody asked for": payload(aud="elsewhere"),
     "header that points elsewhere": header(
