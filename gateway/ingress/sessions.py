@@ -71,6 +71,7 @@ class Sessions:
         self._admission.leave()
         self._books.close(session.principal.company_id)
         self._counters.closes[session.outcome] += 1
+        session.forget_routes()  # its lanes know it: both would wait for the garbage collector
         if self._empty is not None and not self._sessions:
             self._empty.set()
 
