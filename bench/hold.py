@@ -19,8 +19,8 @@ from bench.ingest import COMPANY, Cores, Helper, kafka_cluster
 from bench.kafka import KafkaUnavailable, cpu_seconds, rss_bytes
 from bench.load import user_of
 
-PER_PROCESS = 18_000
-"""Connections of one client process."""
+PER_PROCESS = 10_000
+"""Connections of one client process: it answers no pings before all of them are there, and idle ones are closed."""
 MAX_CONNECTIONS = 19_400
 """Of one worker: 20,000 open files, less what it keeps free."""
 

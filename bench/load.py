@@ -37,6 +37,9 @@ WAIT_SAMPLE_MASK: Final = 7
 """One message in eight tells how long it waited before it was produced."""
 TICK_S: Final = 0.001
 """How often due messages are sent; at 50,000 a second 50 at a time."""
+SLOW_TICK_S: Final = 0.02
+"""The same below `SLOW_PER_S` messages a second."""
+SLOW_PER_S: Final = 1000
 
 
 def envelope(user: str, company: str, size: int) -> tuple[bytes, int]:
@@ -243,6 +246,8 @@ class Client:
             sent = self.sock.send(data)
         except (BlockingIOError, ssl.SSLWantWriteError):
             sent = 0
+        except OSError:  # the server has ended it: `Load` will notice and count it
+            return
         if sent < len(data):
             self.waiting += data[sent:]
 
@@ -252,6 +257,8 @@ class Client:
             del self.waiting[: self.sock.send(self.waiting)]
         except (BlockingIOError, ssl.SSLWantWriteError):
             return
+        except OSError:
+            self.waiting.clear()
 
 
 class Load:
@@ -287,6 +294,7 @@ class Load:
         clients, count = self._clients, len(self._clients)
         batch = len(clients[0].offsets)
         writes_per_s = rate * count / batch
+        tick_s = TICK_S if writes_per_s >= SLOW_PER_S else SLOW_TICK_S
         start = time.monotonic()
         written = 0
         while (now := time.monotonic()) - start < seconds:
@@ -299,7 +307,7 @@ class Load:
                     self._blocked.add(client)
                 written += 1
             self._flush_blocked()
-            self._serve(now + TICK_S - time.monotonic())
+            self._serve(now + tick_s - time.monotonic())
         return written * batch
 
     def saturated(self, seconds: float) -> int:

@@ -337,9 +337,13 @@ class Gateway:
         if left or stalled:
             self._log.warning("drain ran out of time", unconfirmed=left, unfinished_connections=stalled)
             await self._delivery.give_up()
+        while True:
             self._readiness.resume()
-        if self._spool_writer is not None:
-            await self._spool_writer.flush(SPOOL_TIMEOUT_S + len(self._spool_writer) / SPOOL_RECORDS_PER_S)
+            writer = self._spool_writer
+            if writer is None or await writer.flush(SPOOL_TIMEOUT_S + len(writer) / SPOOL_RECORDS_PER_S):
+                break
+            if not self._readiness.stalled:  # else the spool had no room for all at once
+                break
         if self._replay is not None:
             with trio.move_on_after(SPOOL_TIMEOUT_S):
                 await self._replay.tidy()

@@ -4,13 +4,14 @@ The parent binds the port without listening, which keeps it for the workers (SO_
 spreads connections over those that listen. It reads no client's bytes. Its sidecar adds up its workers': they have one
 each, on a free port of loopback.
 
-A worker that ends without having been told to is started again, after a pause that grows while that repeats; its
-connections are lost, nobody else's. SIGTERM and SIGHUP go to all workers; a worker ends with its parent, whatever ends
-that.
+A worker that ends without having been told to, or whose sidecar has been silent for `HUNG_S`, is started again, after a
+pause that grows while that repeats; its connections are lost, nobody else's. SIGTERM and SIGHUP go to all workers; a
+worker ends with its parent, whatever ends that.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -44,6 +45,14 @@ FIRST_PAUSE_S: Final = 0.5
 MAX_PAUSE_S: Final = 30.0
 LONG_LIFE_S: Final = 60.0
 """A worker that lived this long starts its pauses from the beginning."""
+SILENT_S: Final = 10.0
+"""A worker whose sidecar has not answered for this long does not count as ready."""
+HUNG_S: Final = 30.0
+"""One that has not for this long is killed and started again, as systemd's watchdog does with a single gateway."""
+END_S: Final = 60.0
+"""How long workers may drain when the parent fails; what the systemd units allow a single gateway."""
+
+_loopback: Final = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 async def end_with_parent(parent: int) -> None:
@@ -70,8 +79,13 @@ class Worker:
     number: int
     process: trio.Process | None = None
     sidecar: str = ""
+    """Its sidecar's address, once it has said it: from then on it handles signals."""
     ready: bool = False
+    reload: bool = False
+    """A SIGHUP waits until it handles signals."""
     started_at: float = 0.0
+    heard_at: float = 0.0
+    """When its sidecar last answered, in Trio's seconds."""
     pause_s: float = FIRST_PAUSE_S
     page: summing.Page = field(default_factory=dict)
     health: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +114,7 @@ class Supervisor:
         self._workers = [Worker(number) for number in range(count)]
         self._sum = summing.Sum()
         self._restarts = 0
+        self._port = 0
         self._drain = trio.Event()
         self._all_ready = trio.Event()
         self.failed = False
@@ -138,11 +153,11 @@ class Supervisor:
         """Keep one place filled until the drain."""
         while not self._drain.is_set():
             status = await self._live(worker)
-            self._sum.retire(worker.page)
-            worker.page, worker.health, worker.ready, worker.process = {}, {}, False, None
             if self._drain.is_set():
-                self.failed = self.failed or status != 0
+                self.failed = self.failed or (status != 0 and worker.sidecar != "")  # it had nothing to drain before
+                self._forget(worker)
                 return
+            self._forget(worker)
             self._restarts += 1
             if trio.current_time() - worker.started_at >= LONG_LIFE_S:
                 worker.pause_s = FIRST_PAUSE_S
@@ -151,23 +166,42 @@ class Supervisor:
             with trio.move_on_after(pause_s):
                 await self._drain.wait()
 
-    async def _live(self, worker: Worker) -> int:
-        """Start a worker and wait for its end; its exit status, negative for a signal."""
+    def _forget(self, worker: Worker) -> None:
+        """What a process said is its own, not its successor's; what it counted stays in the sum."""
+        self._sum.retire(worker.page)
+        worker.page, worker.health, worker.process = {}, {}, None
+        worker.sidecar, worker.ready, worker.reload = "", False, False
+
+    async def _live(self, worker: Worker) -> int | str:
+        """Start a worker and wait for its end; its exit status, negative for a signal, or why it did not start."""
         worker.started_at = trio.current_time()
         environment = {name: value for name, value in os.environ.items() if name not in systemd.VARIABLES}
-        worker.process = await trio.lowlevel.open_process(
-            [*self._command, *self._own_settings(worker)], stdout=subprocess.PIPE, env=environment
-        )
-        if self._drain.is_set():  # it was asked for before there was a process to tell
-            worker.process.send_signal(signal.SIGTERM)
         try:
-            await self._listen_to(worker, worker.process)
-            return await worker.process.wait()
+            # A group of its own: a terminal's Ctrl-C is for the parent, which tells the workers once.
+            process = await trio.lowlevel.open_process(
+                [*self._command, *self._own_settings(worker)], stdout=subprocess.PIPE, env=environment, process_group=0
+            )
+        except OSError as error:  # no memory, no process, no file for the moment
+            return str(error)
+        worker.process = process
+        if self._drain.is_set():  # it was asked for before there was a process to tell
+            process.send_signal(signal.SIGTERM)
+        try:
+            await self._listen_to(worker, process)
+            return await process.wait()
         except BaseException:
-            worker.process.kill()
-            with trio.CancelScope(shield=True):
-                await worker.process.wait()
+            await self._end(process)
             raise
+
+    async def _end(self, process: trio.Process) -> None:
+        """End a worker because the parent fails; it may drain first."""
+        process.terminate()
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(END_S):
+                await process.wait()
+                return
+            process.kill()
+            await process.wait()
 
     def _own_settings(self, worker: Worker) -> list[str]:
         settings = {
@@ -212,6 +246,10 @@ class Supervisor:
     def _heard(self, worker: Worker, line: str) -> None:
         if line.startswith("sidecar on "):
             worker.sidecar = line.removeprefix("sidecar on ")
+            worker.heard_at = trio.current_time()
+            if worker.reload and worker.process is not None:
+                worker.reload = False
+                worker.process.send_signal(signal.SIGHUP)
         elif line == "ready":
             worker.ready = True
             self._log.info("worker ready", worker=worker.number)
@@ -227,8 +265,14 @@ class Supervisor:
                     systemd.notify("STOPPING=1", "STATUS=draining")
                     self._log.info("draining", workers=len(self._workers))
                 for worker in self._workers:
-                    if worker.process is not None:
-                        worker.process.send_signal(signal.SIGHUP if number == signal.SIGHUP else signal.SIGTERM)
+                    if worker.process is None:
+                        continue
+                    if number != signal.SIGHUP:
+                        worker.process.send_signal(signal.SIGTERM)
+                    elif worker.sidecar:
+                        worker.process.send_signal(signal.SIGHUP)
+                    else:
+                        worker.reload = True
 
     # The sidecar
 
@@ -239,15 +283,27 @@ class Supervisor:
                 for worker in self._workers:
                     if worker.process is not None and worker.sidecar:
                         nursery.start_soon(self._read, worker, worker.process)
+            self._kill_hung()
             await trio.sleep(SCRAPE_S)
 
     async def _read(self, worker: Worker, process: trio.Process) -> None:
         try:
             health, page = await trio.to_thread.run_sync(_fetch, worker.sidecar, abandon_on_cancel=True)
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return  # it is starting or ending; what it said last counts
         if worker.process is process:
-            worker.health, worker.page = health, page
+            worker.health, worker.page, worker.heard_at = health, page, trio.current_time()
+
+    def _kill_hung(self) -> None:
+        for worker in self._workers:
+            if worker.process is None or not worker.sidecar or self._drain.is_set():
+                continue
+            silent_s = trio.current_time() - worker.heard_at
+            if silent_s >= SILENT_S and worker.health.get("ready"):
+                worker.health = {**worker.health, "ready": False, "reasons": ["does not answer"]}
+            if silent_s >= HUNG_S:
+                self._log.error("worker hangs, killed", worker=worker.number, silent_s=round(silent_s))
+                worker.process.kill()
 
     def _reasons(self) -> list[str]:
         """Ready while one worker is: the others refuse with 503, and clients come again."""
@@ -298,13 +354,13 @@ class Supervisor:
 
 
 def _fetch(sidecar: str) -> tuple[dict[str, Any], summing.Page]:
-    """A worker's /health and /metrics. Raises OSError and ValueError."""
+    """A worker's /health and /metrics. Raises OSError, ValueError and HTTPException."""
     try:
-        with urllib.request.urlopen(f"{sidecar}/health", timeout=SCRAPE_TIMEOUT_S) as answer:  # noqa: S310  # our own
+        with _loopback(f"{sidecar}/health", timeout=SCRAPE_TIMEOUT_S) as answer:
             health = answer.read()
     except urllib.error.HTTPError as error:  # 503 is an answer too
         with error:
             health = error.read()
-    with urllib.request.urlopen(f"{sidecar}/metrics", timeout=SCRAPE_TIMEOUT_S) as answer:  # noqa: S310  # our own
+    with _loopback(f"{sidecar}/metrics", timeout=SCRAPE_TIMEOUT_S) as answer:
         page = answer.read()
     return json.loads(health), summing.parse(page.decode())

@@ -30,10 +30,10 @@ class Origin(Protocol):
     def path(self) -> str: ...
 
     def settle(self, index: int, /) -> None:
-        """Message ``index`` of this connection is in its topic or in the dead-letter topic; 0 is nobody's."""
+        """Message ``index`` of this connection is in Kafka, in the spool, or dropped and reported; 0 is nobody's."""
 
     def note_rejected(self, reason: str, index: int, /) -> None:
-        """Message ``index`` of this connection has become a dead letter."""
+        """Message ``index`` of this connection has become a dead letter, or was dropped."""
 
 
 class Lane(Protocol):

@@ -63,7 +63,8 @@ class _Onward(NamedTuple):
     """A message's next step."""
 
     report: Report
-    go: partial[None]
+    topic: str
+    go: Callable[[], None]
 
 
 class Delivery:
@@ -198,7 +199,7 @@ class Delivery:
             self._refused(report, topic, error)
 
     def _hand_back(self, report: Report, topic: str, value: bytes, uncertain: bool) -> None:
-        self._handed_back.append(_Onward(report, partial(self._produce, report, topic, value, uncertain)))
+        self._handed_back.append(_Onward(report, topic, partial(self._produce, report, topic, value, uncertain)))
 
     def _refused(self, report: Report, topic: str, error: Any) -> None:
         """Kafka refuses a record for good: make it a dead letter, or spool that."""
@@ -206,7 +207,8 @@ class Delivery:
             self._dead_letter_refused(report, error.str())
             return
         self._log_refused("record refused", topic=topic, error=error.str(), path=report.origin.path)
-        self._or_later(_Onward(report, partial(self._queue_dead_letter, report, refusals.REASON_KAFKA_REFUSED)))
+        go = partial(self._queue_dead_letter, report, refusals.REASON_KAFKA_REFUSED)
+        self._or_later(_Onward(report, self.routes.dead_letter, go))
 
     # Onward
 
@@ -276,6 +278,7 @@ class Delivery:
         reason = refusals.GIVEN_UP_DRAIN_TIMEOUT
         if isinstance(report.origin, SpooledOrigin):
             self._count_spooled(report, reason)  # where it came from it still is
+            report.origin.keep()
         elif self._spool is not None:
             self._to_spool(self._spool, report, topic, value, reason, uncertain)
         else:
@@ -310,7 +313,9 @@ class Delivery:
         spool.add(record, done, partial(self._offer_again, report, topic, value))
 
     def _offer_again(self, report: Report, topic: str, value: bytes) -> None:
-        """Kafka may take by now what the spool does not. Raises QueueFull."""
+        """Kafka may take by now what the spool does not. Raises QueueFull, also once Kafka is not asked any longer."""
+        if self._given_up:
+            raise QueueFull
         try:
             self._produce(report, topic, value)
         except KafkaException as error:
@@ -353,7 +358,7 @@ class Delivery:
             except QueueFull:
                 return True
             except KafkaException as error:  # the record was taken once; it is not now
-                self._refused(onward.report, onward.go.args[1], error.args[0])
+                self._refused(onward.report, onward.topic, error.args[0])
             deferred.popleft()
         return False
 

@@ -64,7 +64,7 @@ class Report:
     def on_delivery(self, error: Any, message: Any) -> None:
         """Kafka's report on the record, or on the dead letter."""
         if error is not None:
-            self.received_at_ms = received_at_ms(message)
+            self.received_at_ms = self.received_at_ms or received_at_ms(message)
             self._delivery.failed(self, error, message)
             return
         tally = self.tally
@@ -210,7 +210,7 @@ class Lane:
         for position, entry in enumerate(entries):
             report = self._report(entry, 0)
             report.number = self._delivery.next_number()
-            report.received_at_ms = times[position]
+            report.received_at_ms = report.received_at_ms or times[position]
             found.append((report, position < uncertain))
         return found
 

@@ -220,13 +220,13 @@ class KafkaProducer:
 
     async def _renew(self, nursery: trio.Nursery) -> None:
         """Put another producer in the place of the broken one; everything that one held has been reported by then."""
+        self._producer.purge()  # at once: after an error that is not fatal to librdkafka it goes on sending
         if trio.current_time() - self._renewed_at < MAX_RENEW_PAUSE_S:
             await self._poll_for(self._renew_pause_s)
             self._renew_pause_s = min(MAX_RENEW_PAUSE_S, self._renew_pause_s * 2)
         else:
             self._renew_pause_s = RENEW_PAUSE_S
         self._renewed_at = trio.current_time()
-        self._producer.purge()
         while len(self._producer):
             await self._poll_for(POLL_BUSY_S)
         try:

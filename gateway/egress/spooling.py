@@ -23,7 +23,7 @@ from gateway.core.principal import Principal
 from gateway.errors import SpoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from gateway.egress.delivery import Delivery
     from gateway.egress.spool import Record, Segment, Spool
@@ -42,7 +42,8 @@ AGAIN_RECORDS: Final = 1000
 RETRY_S: Final = 1.0
 """Between attempts to write to a disk that takes nothing."""
 READ_RECORDS: Final = 500
-"""Records read from a segment in one visit to a thread."""
+READ_BYTES: Final = 4 * 1024 * 1024
+"""Records read from a segment in one visit to a thread, and bytes, one record at least."""
 ROOM_S: Final = 0.02
 """Between attempts to queue a record when the producer has no room."""
 
@@ -51,7 +52,7 @@ ROOM_S: Final = 0.02
 class _Waiting:
     record: Record
     done: Callable[[], None]
-    again: Callable[[], None] | None
+    again: Callable[[], None]
 
     @property
     def weight(self) -> int:
@@ -84,11 +85,11 @@ class SpoolWriter:
         """Too much waits for the disk."""
         return self._waiting_bytes > MAX_WAITING_BYTES
 
-    def add(self, record: Record, done: Callable[[], None], again: Callable[[], None] | None = None) -> None:
+    def add(self, record: Record, done: Callable[[], None], again: Callable[[], None]) -> None:
         """Write ``record`` soon; ``done`` is called when the disk has it.
 
         While the disk takes nothing, ``again`` may be called instead: it offers the record to Kafka once more, raises
-        QueueFull when there is no room, and adds the record here again if Kafka still refuses it.
+        QueueFull when it cannot, and adds the record here again if Kafka still refuses it.
         """
         self._waiting.append(_Waiting(record, done, again))
         self._waiting_bytes += self._waiting[-1].weight
@@ -147,23 +148,17 @@ class SpoolWriter:
             return True
 
     def _offer_again(self) -> None:
-        """Kafka may take what the disk does not: offer it the first records that may be offered."""
-        for _ in range(min(len(self._waiting), AGAIN_RECORDS)):
+        """Kafka may take what the disk does not: offer it the first records."""
+        for _ in range(min(len(self._waiting), AGAIN_RECORDS) if self.fault else 0):
             waiting = self._waiting.popleft()
             self._waiting_bytes -= waiting.weight
             try:
-                if waiting.again is None:
-                    self._keep(waiting)
-                else:
-                    waiting.again()
+                waiting.again()
             except QueueFull:
-                self._keep(waiting)
+                self._waiting.appendleft(waiting)
+                self._waiting_bytes += waiting.weight
                 break
         self._check()
-
-    def _keep(self, waiting: _Waiting) -> None:
-        self._waiting.append(waiting)
-        self._waiting_bytes += waiting.weight
 
     def _check(self) -> None:
         if not self._waiting:
@@ -183,6 +178,7 @@ class SegmentReplay:
         """Records on their way."""
         self.damaged = False
         self._all_offered = False
+        self._kept = False
         self.settled = trio.Event()
         """Every record is confirmed by Kafka, or in a newer segment."""
 
@@ -191,13 +187,18 @@ class SegmentReplay:
         self.unsettled -= 1
         self._check()
 
+    def keep(self) -> None:
+        """One record is waited for no longer: it stays in the segment, and so the segment stays."""
+        self.unsettled -= 1
+        self._kept = True
+
     def all_offered(self) -> None:
         """No more records will be offered."""
         self._all_offered = True
         self._check()
 
     def _check(self) -> None:
-        if self._all_offered and not self.unsettled:
+        if self._all_offered and not self.unsettled and not self._kept:
             self.settled.set()
 
 
@@ -219,6 +220,22 @@ class SpooledOrigin:
 
     def note_rejected(self, reason: str, index: int) -> None:
         """There is nobody to tell."""
+
+    def keep(self) -> None:
+        """The record is given up here: the spool still has it."""
+        self.segment.keep()
+
+
+def _chunk(records: Iterator[Record]) -> list[Record]:
+    """The next records, none at the end."""
+    chunk: list[Record] = []
+    size = 0
+    for record in islice(records, READ_RECORDS):
+        chunk.append(record)
+        size += len(record.value)
+        if size >= READ_BYTES:
+            break
+    return chunk
 
 
 class Replay:
@@ -245,10 +262,11 @@ class Replay:
         Cancelled or stopped, it leaves segments that are not wholly confirmed, to be sent again.
         """
         async with trio.open_nursery() as nursery:
-            with self._offering:
-                for segment in self._spool.old:
-                    await self._offer(segment, nursery)
-                self.waiting = False
+            if not self._offering.cancel_called:
+                with self._offering:
+                    for segment in self._spool.old:
+                        await self._offer(segment, nursery)
+                    self.waiting = False
             task_status.started()
 
     def stop(self) -> None:
@@ -266,7 +284,7 @@ class Replay:
         records = segment.read()
         count = 0
         try:
-            while chunk := await trio.to_thread.run_sync(lambda: list(islice(records, READ_RECORDS))):
+            while chunk := await trio.to_thread.run_sync(_chunk, records):
                 for record in chunk:
                     await self._offer_record(record, replay)
                     count += 1

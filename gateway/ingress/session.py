@@ -209,7 +209,7 @@ class Session(Connection):
     # What becomes of it (the Origin port)
 
     def settle(self, index: int) -> None:
-        """Message ``index`` is in its topic or a dead letter."""
+        """Message ``index`` is in Kafka, in the spool, or dropped and reported."""
         if self._acks is not None and self._acks.settle(index):
             self._context.notify(self)
 
@@ -225,9 +225,11 @@ class Session(Connection):
     def resume(self) -> None:
         backlog, self._backlog = self._backlog, None
         if backlog is not None:
-            self._hand_over(backlog)
-            if self._backlog is None:
-                self._wake()
+            try:
+                self._hand_over(backlog)
+            finally:
+                if self._backlog is None:
+                    self._wake()
 
     @property
     def backlog(self) -> int:
@@ -236,7 +238,7 @@ class Session(Connection):
 
     @property
     def unsettled(self) -> bool:
-        """Open, with messages that the client has not been told of yet."""
+        """Open, with messages that are not settled yet."""
         acks = self._acks
         return self.state == OPEN and acks is not None and acks.settled < self.received
 

@@ -6,6 +6,8 @@ import os
 import signal
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +24,13 @@ from gateway.core.routing import Routes
 from gateway.egress.delivery import Delivery
 from gateway.egress.inflight import Lane
 from gateway.egress.producer import KafkaProducer
+from gateway.egress.spool import Spool, list_segments
+from gateway.egress.spooling import Replay
 from gateway.errors import StartupError
 from gateway.telemetry.logging import Log, RateLimited
 from gateway.telemetry.metrics import Counters
 from tests.conftest import Broker
+from tests.egress.test_spool import RECORD as SPOOLED
 from tests.records import Records, headers_of
 
 
@@ -51,6 +56,7 @@ class Side:
 
     def __init__(self, bootstrap: str, log: Log, counters: Counters, routes: Routes, **properties: Any) -> None:
         self.counters = counters
+        self.log = log
         self.lines: list[tuple[str, dict[str, Any]]] = []
         self.books = Books()
         self.producer = KafkaProducer(bootstrap, properties, counters, log)
@@ -206,6 +212,43 @@ async def test_unreachable_kafka_is_not_reached_and_a_flush_ends_in_time(make_si
     assert (totals.dropped, totals.in_flight, totals.imbalance) == (1, 0, 0)
     assert side.counters.drops[refusals.GIVEN_UP_DRAIN_TIMEOUT] == 1
     assert sender.settled == [], "what is dropped is never acked"
+
+
+async def test_replay_that_is_given_up_is_in_the_books_and_still_in_the_spool(make_side: Make, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", 1 << 30)
+    spool.append([replace(SPOOLED, value=b"%d" % number) for number in range(10)])
+    spool.close()
+    side = make_side("127.0.0.1:1")
+    spool = Spool(tmp_path / "spool", 1 << 30)
+    replay = Replay(spool, side.delivery, side.counters, side.log)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(replay.run)
+        assert (replay.unsettled, side.books.totals().in_flight) == (10, 10)
+        replay.stop()
+        await side.delivery.give_up()
+        nursery.cancel_scope.cancel()
+    spool.close()
+    totals = side.books.totals()
+    assert (totals.received, totals.spooled, totals.in_flight, totals.imbalance) == (10, 10, 0, 0)
+    assert replay.unsettled == 0
+    assert side.delivery.lost == 0
+    assert sum(len(list(segment.read())) for segment in list_segments(tmp_path / "spool")) == 10
+
+
+async def test_replay_that_was_stopped_does_nothing_when_it_is_asked_again(make_side: Make, tmp_path: Path) -> None:
+    """As by a SIGHUP with new routes in the middle of a drain."""
+    spool = Spool(tmp_path / "spool", 1 << 30)
+    spool.append([SPOOLED])
+    spool.close()
+    side = make_side("127.0.0.1:1")
+    spool = Spool(tmp_path / "spool", 1 << 30)
+    replay = Replay(spool, side.delivery, side.counters, side.log)
+    replay.stop()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(replay.run)
+        await nursery.start(replay.run)
+    spool.close()
+    assert side.books.totals().received == 0
 
 
 async def test_bad_property_is_named(make_side: Make) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
+from confluent_kafka import KafkaError
 
 from gateway.core.books import Books
 from gateway.core.routing import Routes
@@ -27,6 +29,9 @@ class Said:
 
     def value(self) -> bytes:
         return self._value
+
+    def topic(self) -> str:
+        return "tick-data"
 
     def latency(self) -> float:
         return 0.001
@@ -83,3 +88,15 @@ def test_report_after_everything_was_taken_back_changes_nothing(delivery: Delive
     assert (report.record, report.index, uncertain, others) == (b"1", 1, True, [])
     lane(None, Said(b"1"))
     assert (sender.settled, lane.tally.delivered, lane.tally.in_flight) == ([], 0, 1)
+
+
+def test_record_that_two_producers_hand_back_keeps_the_time_it_was_received(delivery: Delivery) -> None:
+    sender = Sender()
+    lane = lane_of(delivery, sender)
+    delivery.send(lane, sender, b"a", b"stamp", 1)
+    lane(KafkaError(KafkaError._PURGE_QUEUE), Said(b"astamp"))
+    ((report, _),) = lane.take_back()
+    first = report.received_at_ms
+    time.sleep(0.005)  # two times that a millisecond tells apart
+    report.on_delivery(KafkaError(KafkaError._PURGE_QUEUE), Said(b"astamp"))
+    assert report.received_at_ms == first > 1_700_000_000_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgpack
@@ -203,11 +204,15 @@ def make_writer(directory: Path, max_bytes: int) -> tuple[Spool, SpoolWriter, Lo
     return spool, SpoolWriter(spool, RateLimited(log, lambda: 0.0)), log
 
 
+def not_now() -> None:
+    raise QueueFull
+
+
 async def test_nearly_full_spool_takes_what_still_fits_and_says_what_does_not(directory: Path) -> None:
     spool, writer, log = make_writer(directory, 65_536)
     settled: list[int] = []
     for number, record in enumerate(numbered(1000)):
-        writer.add(replace(record, value=bytes(900)), lambda number=number: settled.append(number))  # type: ignore[misc]  # a default
+        writer.add(replace(record, value=bytes(900)), partial(settled.append, number), not_now)
     left = await writer.flush(10)
     spool.close()
     assert settled == list(range(len(settled))), "in order"
@@ -223,7 +228,7 @@ async def test_many_small_records_that_wait_for_the_disk_block_too(directory: Pa
     blocked: list[bool] = []
     writer.on_blocked = lambda: blocked.append(True)
     for _ in range(40_000):
-        writer.add(replace(RECORD, value=b""), lambda: None)
+        writer.add(replace(RECORD, value=b""), lambda: None, not_now)
     spool.close()
     assert writer.blocked
     assert blocked == [True]
@@ -254,3 +259,37 @@ async def test_what_the_disk_does_not_take_is_offered_to_kafka_again(
     spool.close()
     assert len(taken) == 5
     assert writer.fault == ""
+
+
+async def test_records_that_neither_disk_nor_kafka_takes_for_a_while_keep_their_order(
+    directory: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, writer, log = make_writer(directory, 1 << 30)
+    append = spool.append
+    attempts: list[int] = []
+
+    def fails_at_first(records: list[Record]) -> None:
+        attempts.append(len(records))
+        if len(attempts) < 8:
+            raise SpoolError("no disk")
+        append(records)
+
+    monkeypatch.setattr(spool, "append", fails_at_first)
+    offered: list[int] = []
+
+    def again(number: int) -> None:
+        if number > 1 or len(offered) > 1:
+            raise QueueFull
+        offered.append(number)
+
+    for number, record in enumerate(numbered(10)):
+        writer.add(record, lambda: None, partial(again, number))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        while len(writer):
+            await trio.sleep(0.1)
+        nursery.cancel_scope.cancel()
+    spool.close()
+    assert log.faults
+    assert offered == [0, 1], "Kafka took the first two"
+    assert [record for segment in list_segments(directory) for record in segment.read()] == numbered(8, 2)
