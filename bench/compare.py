@@ -1,8 +1,9 @@
 """The same work in one run: the gateway and the baselines of `bench.baselines`, interleaved, each verified.
 
 Every server gets the same clients, messages, topic and broker, one after the other in each repeat, pinned to the same
-core. Three loads: paced with 1,000 and 2,000 clients, and saturated (100 clients, 16 messages a write). What a server
-lost, doubled or disordered stands in its row.
+core. Three loads: paced with 1,000 and 2,000 clients, and saturated (100 clients, 16 messages a write). The two heavier
+ones are consumed afterwards, so that the consumer takes no core from the load. What a server lost, doubled or
+disordered stands in its row.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bench.kafka import KafkaUnavailable
 GATEWAY = "gateway"
 LOADS = {
     "1000x50": {"clients": 1000, "rate": 50.0, "saturated": False, "batch": 1},
-    "2000x50": {"clients": 2000, "rate": 50.0, "saturated": False, "batch": 1},
+    "2000x50": {"clients": 2000, "rate": 50.0, "saturated": False, "batch": 1, "consume_afterwards": True},
     "saturated": {"clients": 100, "rate": 0.0, "saturated": True, "batch": 16},
 }
 COLUMNS = (
@@ -104,9 +105,10 @@ def main() -> None:
             measure(GATEWAY, "1000x50", kafka, cores, options, options.warmup * COLD_BROKER)  # warms the broker's JVM
             for number in range(options.repeat):
                 for load, servers in found.items():
-                    for name, runs in servers.items():
+                    turn = number % len(chosen)
+                    for name in (*chosen[turn:], *chosen[:turn]):  # nobody is always first
                         print(f"repeat {number + 1}: {load}: {name} ...", file=sys.stderr, flush=True)
-                        runs.append(measure(name, load, kafka, cores, options, options.warmup))
+                        servers[name].append(measure(name, load, kafka, cores, options, options.warmup))
     except KafkaUnavailable as error:
         sys.exit(f"bench.compare: {error}")
     if options.json:

@@ -220,7 +220,7 @@ class KafkaProducer:
 
     async def _renew(self, nursery: trio.Nursery) -> None:
         """Put another producer in the place of the broken one; everything that one held has been reported by then."""
-        self._producer.purge()  # at once: after an error that is not fatal to librdkafka it goes on sending
+        self._producer.purge()  # at once: after INVALID_PRODUCER_EPOCH librdkafka goes on sending what is queued
         if trio.current_time() - self._renewed_at < MAX_RENEW_PAUSE_S:
             await self._poll_for(self._renew_pause_s)
             self._renew_pause_s = min(MAX_RENEW_PAUSE_S, self._renew_pause_s * 2)
