@@ -4,13 +4,14 @@ A field that is appended to a serialised message overrides an earlier one (proto
 singular field, the last value wins), so the received bytes, payload included, stay as they are.
 
 A connection's messages differ in payload and timestamp only. What they all begin with (`head`) has been parsed once;
-that another one `repeats` it, and holds nothing that could override it, is seen in half the time of parsing it.
+that another one `repeats` it, and holds nothing that could override it, is seen in half the time of parsing it, and in
+a quarter when it is also of the same length as the one before (`Pattern`), as ticks of one symbol are.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -27,7 +28,23 @@ _CORRELATION_ID = 6
 
 _HEADER_TAGS: Final = (0x0A, 0x12, 0x1A)  # fields 1 to 3, wire type 2
 _PAYLOAD_TAG: Final = b"\x22"
-_is_timestamp: Final = re.compile(rb"\x28[\x80-\xff]{0,8}[\x00-\x7f]").fullmatch  # field 5, a varint of 63 bits
+is_timestamp: Final = re.compile(rb"\x28[\x80-\xff]{0,8}[\x00-\x7f]").fullmatch
+"""Called with a message and an offset: whether the rest is field 5, a varint of 63 bits, and nothing else."""
+
+
+class Pattern(NamedTuple):
+    """A message that repeats a head, seen from its bytes.
+
+    Another one of ``length`` bytes that starts with ``start``, the head and the payload's length, and is a timestamp
+    from ``tail`` on repeats the same head. ``length`` is -1, and nothing fits, where there is no timestamp.
+    """
+
+    length: int
+    start: bytes
+    tail: int
+
+
+NO_PATTERN: Final = Pattern(-1, b"", 0)
 
 
 def parse(raw: bytes) -> MessageEnvelope:
@@ -54,27 +71,29 @@ def head(raw: bytes) -> bytes:
     while at + 1 < len(raw) and raw[at] in _HEADER_TAGS and raw[at + 1] < 0x80:
         at += 2 + raw[at + 1]
     found = raw[: at + 1]
-    return found if found.endswith(_PAYLOAD_TAG) and repeats(raw, found) else b""
+    return found if found.endswith(_PAYLOAD_TAG) and repeats(raw, found) is not None else b""
 
 
-def repeats(raw: bytes, head: bytes) -> bool:
-    """Whether ``raw`` is ``head``, one payload under 16 KiB, at most a timestamp, and nothing else.
+def repeats(raw: bytes, head: bytes) -> Pattern | None:
+    """The pattern of ``raw`` when it is ``head``, one payload under 16 KiB, at most a timestamp, and nothing else.
 
     Then it parses, and its message_type, user_id, company_id, correlation_id and enable_tracing are those of the
     message that ``head`` is of. ``head`` must not be empty.
     """
     at = len(head)
     if len(raw) < at + 2 or not raw.startswith(head):
-        return False
+        return None
     size = raw[at]
     at += 1
     if size > 0x7F:
         if raw[at] > 0x7F:
-            return False
+            return None
         size = size & 0x7F | raw[at] << 7
         at += 1
-    at += size
-    return at == len(raw) or _is_timestamp(raw, at) is not None
+    tail = at + size
+    if tail == len(raw):
+        return NO_PATTERN
+    return Pattern(len(raw), raw[:at], tail) if is_timestamp(raw, tail) else None
 
 
 def _field(number: int, value: str) -> bytes:

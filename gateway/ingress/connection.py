@@ -38,6 +38,10 @@ READ_BYTES: Final = 16_384
 """One read. Exactly a TLS record (RFC 8446 5.1): one SSL read then returns it whole, and nothing stays decrypted inside
 OpenSSL where epoll cannot see it. 64 KiB costs 0.8 µs more a read, for the allocation (bench/micro.py)."""
 
+SMALL_READ_BYTES: Final = 448
+"""One read of a plain connection until one fills it: with its head such a bytes object comes from Python's own small
+blocks (512 bytes at most), while 16 KiB are cut out of malloc's memory and given back in two pieces."""
+
 OPEN: Final = 0
 CLOSING: Final = 1
 ENDED: Final = 2
@@ -72,8 +76,10 @@ class Connection:
         "_control_second",
         "_controls",
         "_decoder",
+        "_least_read_bytes",
         "_limits",
         "_outbox",
+        "_read_bytes",
         "_readiness",
         "_takes_while_closing",
         "_task",
@@ -107,6 +113,8 @@ class Connection:
         self._readiness = readiness
         self._limits = limits
         self._decoder = Decoder(limits.max_message_bytes, max_fragments=limits.max_fragments, accept_text=accept_text)
+        self._least_read_bytes = READ_BYTES if isinstance(sock, ssl.SSLSocket) else SMALL_READ_BYTES
+        self._read_bytes = self._least_read_bytes
         self._outbox: bytearray | None = None
         self._unsent_since = 0.0
         self._controls = 0
@@ -146,7 +154,7 @@ class Connection:
     def feed(self) -> None:
         """Read once and handle what arrived."""
         try:
-            data = self.sock.recv(READ_BYTES)
+            data = self.sock.recv(self._read_bytes)
         except BLOCKED:
             return
         except OSError:  # reset, TLS failure, or a TLS read that must write first to a peer that does not read
@@ -155,6 +163,10 @@ class Connection:
         if not data:
             self._end("peer_lost")
             return
+        if len(data) >= SMALL_READ_BYTES:
+            self._read_bytes = READ_BYTES
+        elif self._read_bytes != self._least_read_bytes:
+            self._read_bytes = self._least_read_bytes
         self.last_heard = self._readiness.now
         items = self._decoder.receive(data)
         if items:

@@ -167,10 +167,10 @@ async def test_full_queue_stops_reading_and_loses_and_reorders_nothing() -> None
         assert it.readiness.paused
         assert len(it.egress.sent) == 10
         await it.peer.send_all(frame(0x2, tick(50)))
-        it.egress.room = 15
+        it.egress.room = 2
         it.readiness.resume()
         assert it.readiness.paused, "still more than there is room for"
-        assert len(it.egress.sent) == 25
+        assert len(it.egress.sent) == 12
         it.egress.room = 1000
         it.readiness.resume()
         while len(it.egress.sent) < 51:
@@ -330,6 +330,28 @@ async def test_message_that_begins_like_the_last_one_is_still_judged_as_a_whole(
             await it.peer.send_all(frame(0x2, raw))
             await it.egress.took.wait()
         assert it.egress.sent == [tick(0), tick(1), tick(4)]
+        assert it.egress.dead == [
+            (foreign, refusals.REASON_FOREIGN_USER),
+            (broken, refusals.REASON_NOT_AN_ENVELOPE),
+        ]
+
+
+async def test_message_as_long_as_the_last_one_is_still_judged_as_a_whole() -> None:
+    async with world() as it:
+        good = MessageEnvelope(
+            message_type="tick_data", user_id="alice", company_id="acme", payload=bytes(70), timestamp=1_700_000_000_000
+        ).SerializeToString()
+        foreign = good[:-7] + b"\x28\x01" + MessageEnvelope(user_id="bob").SerializeToString()
+        broken = good[:-1] + b"\x80"
+        assert len(foreign) == len(broken) == len(good)
+        longer = MessageEnvelope.FromString(good)
+        longer.payload = bytes(300)
+        sent = [good, good, foreign, good, broken, good, longer.SerializeToString(), good[:-7], good]
+        for raw in sent:
+            it.egress.took = trio.Event()
+            await it.peer.send_all(frame(0x2, raw))
+            await it.egress.took.wait()
+        assert it.egress.sent == [raw for raw in sent if raw not in (foreign, broken)]
         assert it.egress.dead == [
             (foreign, refusals.REASON_FOREIGN_USER),
             (broken, refusals.REASON_NOT_AN_ENVELOPE),
