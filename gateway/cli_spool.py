@@ -160,14 +160,16 @@ async def _replay(settings: Settings, directory: Path, timeout_s: float) -> tupl
         log_refused=RateLimited(log.error, trio.current_time),
         spool=writer,
     )
-    with trio.move_on_after(timeout_s):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(producer.run)
-            nursery.start_soon(writer.run)
-            await Replay(spool, delivery, counters, log).run()
-            nursery.cancel_scope.cancel()
-    await delivery.give_up()
-    await writer.flush(timeout_s)
+    async with trio.open_nursery() as writing:
+        writing.start_soon(writer.run)
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as polling:
+                polling.start_soon(producer.run)
+                await Replay(spool, delivery, counters, log).run()
+                polling.cancel_scope.cancel()
+        await delivery.give_up()
+        await writer.flush(timeout_s)
+        writing.cancel_scope.cancel()
     spool.close()
     log.close()
     return counters.replayed, len(list_segments(directory))

@@ -91,6 +91,47 @@ def test_byte_by_byte_equals_at_once() -> None:
     assert got[-1] == b""
 
 
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_frames_of_one_length_in_a_row_are_cut_where_each_ends(data: st.DataObject) -> None:
+    """Each with a masking key of its own, with others between them, and the last one perhaps not all there."""
+    size = data.draw(st.sampled_from([0, 1, 125, 126, 200, 1000]))
+    same = st.binary(min_size=size, max_size=size)
+    kinds = data.draw(st.lists(st.sampled_from("ssssspol"), max_size=30))
+    stream = b""
+    expected: list[Item] = []
+    for kind in kinds:
+        payload = data.draw(same)
+        if kind == "p":
+            stream += frame(0x9, b"p")
+            expected.append(Ping(b"p"))
+        elif kind == "o":
+            stream += frame(0x2, payload + b"1")
+            expected.append(payload + b"1")
+        elif kind == "l":  # a longer form of the length than needed
+            stream += frame(0x2, payload, length_form=127)
+            expected.append(payload)
+        else:
+            stream += frame(0x2, payload)
+            expected.append(payload)
+    whole = len(stream)
+    stream += frame(0x2, bytes(size))
+    cut = data.draw(st.integers(whole, len(stream) - 1))
+    decoder = Decoder(LIMIT)
+    assert decoder.receive(stream[:cut]) == expected
+    assert decoder.receive(stream[cut:]) == [bytes(size)]
+
+
+def test_frames_in_a_row_end_where_the_connection_fails() -> None:
+    one = frame(0x2, b"same")
+    unmasked = b"\x82\x04same" + b"more"
+    decoder = Decoder(LIMIT)
+    *messages, failure = decoder.receive(one * 5 + unmasked + one)
+    assert messages == [b"same"] * 5
+    assert isinstance(failure, Failure)
+    assert decoder.receive(one) == []
+
+
 def test_declared_length_allocates_nothing() -> None:
     decoder = Decoder(64 * 1024 * 1024)
     tracemalloc.start()
