@@ -51,6 +51,8 @@ HUNG_S: Final = 30.0
 """One that has not for this long is killed and started again, as systemd's watchdog does with a single gateway."""
 END_S: Final = 60.0
 """How long workers may drain when the parent fails; what the systemd units allow a single gateway."""
+KILLED_S: Final = 5.0
+"""How long a killed worker may take to be gone."""
 
 _loopback: Final = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -190,18 +192,14 @@ class Supervisor:
             await self._listen_to(worker, process)
             return await process.wait()
         except BaseException:
-            await self._end(process)
-            raise
-
-    async def _end(self, process: trio.Process) -> None:
-        """End a worker because the parent fails; it may drain first."""
-        process.terminate()
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(END_S):
+            process.terminate()  # the parent fails; the worker may drain
+            with trio.move_on_after(END_S, shield=True):
                 await process.wait()
-                return
-            process.kill()
-            await process.wait()
+            if process.returncode is None:
+                process.kill()
+                with trio.move_on_after(KILLED_S, shield=True):
+                    await process.wait()
+            raise
 
     def _own_settings(self, worker: Worker) -> list[str]:
         settings = {
