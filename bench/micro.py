@@ -95,7 +95,7 @@ def session_steps(
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     readiness = Readiness()
-    context = SessionContext(readiness, LIMITS, delivery, 200, 0, 5.0, lambda _: None, quiet, quiet)
+    context = SessionContext(readiness, LIMITS, delivery, 200, 0, lambda: 5.0, lambda _: None, quiet, quiet)
     principal = Principal("user-000001", "bench", "pro", 4e9)
     session = Session(ours, context, connection_id="c-1", principal=principal, path="/", subprotocol=subprotocol)
     wire = frame(message) * batch

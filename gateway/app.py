@@ -1,12 +1,14 @@
 """The composition root: the only place that builds concrete objects and opens nurseries.
 
 Start order: sidecar, producer and delivery, heartbeat, the sessions' nursery, listener; ``READY=1`` once it listens,
-Kafka has answered and the spool's records are on their way. A drain goes the other way round: not ready, stop
-accepting, closing notices and close 1012 slice by slice, flush under a deadline, spool the rest.
+Kafka has answered and the spool's records are on their way. A drain goes the other way round, all of it under one
+deadline: not ready, a grace for balancers to find out, stop accepting, closing notices and close 1012 slice by slice,
+flush, spool the rest.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import socket
 from dataclasses import dataclass
@@ -20,20 +22,23 @@ from trio_util import move_on_when
 from gateway import config, keys, refusals, systemd
 from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
+from gateway.core.origins import OriginRules
+from gateway.core.progress import Progress
 from gateway.egress.delivery import Delivery
 from gateway.egress.producer import POLL_BUSY_S, KafkaProducer
 from gateway.egress.spool import Spool
 from gateway.egress.spooling import Replay, SpoolWriter
-from gateway.errors import ConfigError
+from gateway.errors import ConfigError, GatewayError
 from gateway.ingress.connection import ConnectionLimits
 from gateway.ingress.handshake import Handshake
 from gateway.ingress.heartbeat import Heartbeat
-from gateway.ingress.listener import Listener, in_url, open_listening_socket
-from gateway.ingress.readiness import Readiness
+from gateway.ingress.listener import Listener
+from gateway.ingress.readiness import SAMPLE_MASK, Readiness
 from gateway.ingress.session import SessionContext
 from gateway.ingress.sessions import Sessions, see_off
 from gateway.lifecycle import Lifecycle, handle_signals
 from gateway.sidecar import server
+from gateway.sockets import in_url, open_listening_sockets
 from gateway.status import Status, shown_books
 from gateway.telemetry.logging import RateLimited
 from gateway.telemetry.metrics import Counters, probe_loop_lag
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.config import Settings
+    from gateway.core.principal import TokenRules
     from gateway.ingress.session import Session
     from gateway.telemetry.logging import Log
 
@@ -51,12 +57,19 @@ DEGRADED_S: Final = 1.0
 """A pause of reading that lasts this long is told to clients; a full queue in passing is not."""
 SLICE_S: Final = 0.1
 """Between the slices of sessions that a drain closes."""
-SPOOL_TIMEOUT_S: Final = 10.0
-"""How long the end of a drain may take to write the spool, and a second more for each `SPOOL_RECORDS_PER_S` records."""
-SPOOL_RECORDS_PER_S: Final = 20_000
-ROUTING_SAMPLE_MASK: Final = 15
-"""One turn in 16 goes into the routing histogram."""
-_RESTART_ONLY: Final = ("listen", "session", "kafka", "sidecar", "drain", "spool")
+LAST_ANSWERS_S: Final = 1.0
+"""How long handshakes that were queued when the listener closed may take to be answered."""
+LAST_ATTEMPT_S: Final = 0.1
+"""Between attempts to write what the spool had no room for, while the drain has time."""
+RECOUNT_S: Final = 1.0
+"""Between two accounts of the books: how old the figures of many companies may be."""
+RELOADED: Final = (
+    "routes.*",
+    "auth.*",
+    "tls.*",
+    "log.level",
+)
+"""The settings that a reload takes; what else has changed is named as wanting a restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +92,15 @@ class Gateway:
         *,
         bootstrap_servers: str | None = None,
         reload_settings: Callable[[], Settings] | None = None,
+        embedded: bool = False,
     ) -> None:
-        """Build everything that needs no port and no broker. Raises ConfigError and StartupError."""
+        """Build everything that needs no port and no broker. Raises ConfigError and StartupError.
+
+        ``embedded`` says that the Kafka is the mock of `gateway.egress.embedded`.
+        """
         self._settings = settings
         self._reload_settings = reload_settings
+        self._embedded = embedded
         self._counters = counters
         self._log = log
         self._version = version("gateway")
@@ -92,6 +110,10 @@ class Gateway:
         self._routes_changed = trio.Event()
         self._degraded = False
         self._hurry = trio.Event()
+        self._reload_wanted = trio.Event()
+        self._deadline = math.inf
+        """When the drain must be over, in Trio's seconds."""
+        self._progress = Progress()
         self.lost = 0
         """Messages given up by the drain and not in the spool, or by a hard stop: makes the exit status 1."""
         config.check_descriptors(settings.listen.max_connections)
@@ -104,9 +126,10 @@ class Gateway:
 
     def _build_egress(self) -> None:
         settings = self._settings
-        self._producer = KafkaProducer(
-            self._bootstrap_servers, config.kafka_properties(settings.kafka), self._counters, self._log
-        )
+        properties = config.kafka_properties(settings.kafka)
+        if self._embedded:  # the mock has no other way to make one
+            properties["allow.auto.create.topics"] = True
+        self._producer = KafkaProducer(self._bootstrap_servers, properties, self._counters, self._log)
         self._open_spool()
         self._delivery = Delivery(
             self._producer,
@@ -138,13 +161,13 @@ class Gateway:
         )
         self._handshake = Handshake(
             path=listen.path,
-            allowed_origins=frozenset(listen.allowed_origins),
+            origins=OriginRules(frozenset(listen.allowed_origins), listen.public_origin),
             allow_query_token=settings.auth.allow_query_token,
-            rules=keys.token_rules(settings.auth),
+            rules=self._token_rules(settings),
             admission=self._admission,
         )
-        self._readiness = Readiness()
-        self._readiness.timing = self._time_turn
+        self._readiness = Readiness(listen.max_held_bytes)
+        self._readiness.timing = lambda duration_s: self._counters.routing_s.observe(duration_s, SAMPLE_MASK + 1)
         self._producer.on_room = self._resume
         self._producer.on_broken = self._readiness.pause
         if self._spool_writer is not None:
@@ -165,7 +188,7 @@ class Gateway:
                 egress=self._delivery,
                 ack_interval_ms=session.ack_interval_ms,
                 reconnect_window_ms=settings.drain.reconnect_window_ms,
-                leeway_s=settings.auth.leeway_s,
+                leeway_s=lambda: self._handshake.rules.leeway_s,
                 notify=lambda session: self._heartbeat.notify(session),
                 log_refused=self._limited(self._log.info),
                 log_crash=self._limited(self._log.error),
@@ -178,22 +201,41 @@ class Gateway:
             self._sessions, notices_s=session.ack_interval_ms / 1000, after_sweep=self._after_sweep
         )
 
+    def _token_rules(self, settings: Settings) -> TokenRules:
+        skipped: list[str] = []
+        rules = keys.token_rules(settings.auth, skipped)
+        for reason in skipped:
+            self._log.warning("key left out", reason=reason)
+        return rules
+
     # Backpressure
 
     def _after_sweep(self) -> None:
-        if self._lifecycle.state.value != "draining":  # ended sessions may still have something to hand over
-            self._books.fold()
-        if self._readiness.paused and trio.current_time() - self._readiness.paused_at >= DEGRADED_S:
+        waiting = self._readiness.paused and trio.current_time() - self._readiness.paused_at >= DEGRADED_S
+        if waiting or self._progress.stands_still:
             self._degraded = True
             self._sessions.tell_degraded(True)
+        elif self._degraded and not self._readiness.paused:
+            self._degraded = False
+            self._sessions.tell_degraded(False)
 
     def _resume(self) -> None:
         if self._producer.full or (self._spool_writer is not None and self._spool_writer.blocked):
             return
         self._readiness.resume()
-        if self._degraded and not self._readiness.paused:
+        if not self._readiness.paused and not self._progress.stands_still:
             self._degraded = False
             self._sessions.tell_degraded(False)
+
+    async def _keep_accounts(self) -> None:
+        """Sum up the books once a second, a slice at a time, and see whether Kafka confirms what it is given."""
+        while True:
+            for _ in self._books.recount():
+                await trio.lowlevel.checkpoint()
+            by_type = self._books.summary().by_type
+            for reason in self._progress.look(by_type, trio.current_time()):
+                self._log.error("Kafka takes nothing", reason=reason)
+            await trio.sleep(RECOUNT_S)
 
     # The life of the daemon
 
@@ -203,14 +245,20 @@ class Gateway:
         Raises StartupError when a port cannot be had. Cancellation stops at once, without a drain.
         """
         listening, sidecar = self._open_sockets()
-        listener = self._listener(listening)
+        self._listener = listener = self._make_listener(listening)
+        for warning in config.warnings(self._settings):
+            self._log.warning("settings", warning=warning)
         log_restart = self._limited(self._log.error)
         async with trio.open_nursery() as services:
-            sidecar_port: int = await services.start(server.run, self._status().sidecar(), sidecar, log_restart)
             await services.start(self._handle_signals, services)
+            status = self._status()
+            self._exposition = status.exposition()
+            sidecar_port: int = await services.start(server.run, status.sidecar(self._exposition), sidecar, log_restart)
             services.start_soon(self._producer.run)
             services.start_soon(self._heartbeat.run)
             services.start_soon(self._readiness.run)
+            services.start_soon(self._keep_accounts)
+            services.start_soon(self._reload_when_asked)
             services.start_soon(probe_loop_lag, self._counters)
             services.start_soon(systemd.feed_watchdog)
             if self._spool_writer is not None:
@@ -218,14 +266,20 @@ class Gateway:
             async with trio.open_nursery() as connections:
                 services.start_soon(listener.run, connections)
                 services.start_soon(self._watch_topics, services)
+                services.start_soon(systemd.extend_start, self._lifecycle.state)
                 task_status.started(self._addresses(listener.port, sidecar_port))
                 await self._lifecycle.wait_drain()
-                async with move_on_when(self._hurry.wait):
-                    await self._close_connections(listener)
-                listener.close()
+                drain = self._settings.drain
+                self._deadline = trio.current_time() + drain.timeout_s
+                self._say_draining()
+                closing_ends = self._deadline - drain.spool_reserve_s
+                with trio.CancelScope(deadline=closing_ends):
+                    async with move_on_when(self._hurry.wait):
+                        await self._close_connections(listener, connections)
+                listener.close(connections)
                 connections.cancel_scope.cancel()
             async with move_on_when(self._hurry.wait):
-                await self._flush(self._settings.drain.flush_timeout_s)
+                await self._flush(min(closing_ends, trio.current_time() + drain.flush_timeout_s))
             await self._give_up()
             services.cancel_scope.cancel()
         self._say_stopped()
@@ -233,25 +287,35 @@ class Gateway:
         if self._spool is not None:
             self._spool.close()
 
+    def metrics(self) -> bytes:
+        """The page of /metrics as of this moment."""
+        return self._exposition.page(math.inf)
+
     async def wait_ready(self) -> None:
         """Wait until connections are admitted."""
         await self._lifecycle.state.wait_value("ready")
 
-    def _open_sockets(self) -> tuple[socket.socket, socket.socket]:
+    def _open_sockets(self) -> tuple[list[socket.socket], list[socket.socket]]:
         listen, sidecar = self._settings.listen, self._settings.sidecar
-        listening = open_listening_socket(
-            listen.host, listen.port, backlog=listen.backlog, reuse_port=listen.reuse_port
+
+        def prepare(sock: socket.socket) -> None:
+            # Accepted sockets inherit it; pongs and notices are small and must not wait for an ACK.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        listening = open_listening_sockets(
+            "listen", listen.host, listen.port, backlog=listen.backlog, reuse_port=listen.reuse_port, prepare=prepare
         )
         try:
-            return listening, server.open_socket(sidecar.host, sidecar.port)
+            return listening, server.open_sockets(sidecar.host, sidecar.port)
         except BaseException:
-            listening.close()
+            for sock in listening:
+                sock.close()
             raise
 
-    def _listener(self, sock: socket.socket) -> Listener[Session]:
+    def _make_listener(self, sockets: list[socket.socket]) -> Listener[Session]:
         listen = self._settings.listen
         return Listener(
-            sock,
+            sockets,
             handshake=self._handshake,
             entry=self._sessions,
             tls=self._tls,
@@ -284,6 +348,7 @@ class Gateway:
                 systemd.notify("STATUS=waiting for Kafka")
                 await trio.sleep(TOPIC_CHECK_PAUSE_S)
                 topics = self._settings.table.all_topics()
+            await self._producer.fit_batches()
             if self._replay is not None and self._replay.waiting:
                 systemd.notify("STATUS=sending what the spool holds")
                 await services.start(self._replay.run)
@@ -304,17 +369,26 @@ class Gateway:
             self._log.error("stopping at once")
             services.cancel_scope.cancel()
 
-        await handle_signals(self._lifecycle, reload=self.reload, stop_now=stop_now, task_status=task_status)
+        await handle_signals(
+            self._lifecycle, reload=lambda: self._reload_wanted.set(), stop_now=stop_now, task_status=task_status
+        )
 
-    async def _close_connections(self, listener: Listener[Session]) -> None:
-        """Close all sessions, slice by slice over the configured window."""
-        drain = self._settings.drain
-        self._admission.closed = refusals.DRAINING
+    def _say_draining(self) -> None:
         if self._replay is not None:
             self._replay.stop()
-        systemd.notify("STOPPING=1", "STATUS=draining")
-        self._log.info("draining", connections=len(self._sessions), in_flight=self._books.totals().in_flight)
-        listener.close()
+        timeout_s = self._settings.drain.timeout_s
+        systemd.notify("STOPPING=1", "STATUS=draining", systemd.extension(timeout_s))
+        self._log.info(
+            "draining", connections=len(self._sessions), in_flight=self._books.totals().in_flight, timeout_s=timeout_s
+        )
+
+    async def _close_connections(self, listener: Listener[Session], connections: trio.Nursery) -> None:
+        """After the grace, in which newcomers are served, close all sessions slice by slice over the window."""
+        drain = self._settings.drain
+        if self._lifecycle.was_ready:
+            await trio.sleep(drain.grace_s)
+        self._admission.closed = refusals.DRAINING
+        listener.close(connections)
         slices = self._sessions.slices(max(1, int(drain.close_window_s / SLICE_S)))
         with trio.move_on_after(drain.close_window_s + drain.close_timeout_s):
             async with trio.open_nursery() as nursery:
@@ -322,30 +396,34 @@ class Gateway:
                     await trio.sleep(SLICE_S if number else 0)
                     nursery.start_soon(see_off, sessions)
             await self._sessions.close_all()
+        with trio.move_on_after(LAST_ANSWERS_S):
+            await listener.wait_answered()
 
-    async def _flush(self, timeout_s: float) -> None:
+    async def _flush(self, until: float) -> None:
         """Wait for Kafka's answers, and for room for what was read and not handed over."""
-        with trio.move_on_after(timeout_s):
+        with trio.CancelScope(deadline=until):
             while len(self._delivery) or self._readiness.stalled:
                 self._producer.poll()
                 await trio.sleep(POLL_BUSY_S)
 
     async def _give_up(self) -> None:
-        """Spool what Kafka has not confirmed and what was read and not handed over."""
+        """Spool what Kafka has not confirmed and what was read and not handed over, while the drain has time."""
         self._producer.poll()  # what is not a record counts until then
         left, stalled = len(self._delivery), self._readiness.stalled
         if left or stalled:
             self._log.warning("drain ran out of time", unconfirmed=left, unfinished_connections=stalled)
             await self._delivery.give_up()
+        writer = self._spool_writer
         while True:
             self._readiness.resume()
-            writer = self._spool_writer
-            if writer is None or await writer.flush(SPOOL_TIMEOUT_S + len(writer) / SPOOL_RECORDS_PER_S):
+            unwritten = await writer.flush(self._deadline) if writer is not None else 0
+            if not (unwritten or self._readiness.stalled) or trio.current_time() >= self._deadline:
                 break
-            if not self._readiness.stalled:  # else the spool had no room for all at once
+            if writer is None or writer.fault:
                 break
+            await trio.sleep(LAST_ATTEMPT_S if self._readiness.paused else 0)  # the spool had no room for all at once
         if self._replay is not None:
-            with trio.move_on_after(SPOOL_TIMEOUT_S):
+            with trio.CancelScope(deadline=self._deadline):
                 await self._replay.tidy()
 
     def _say_stopped(self) -> None:
@@ -358,47 +436,68 @@ class Gateway:
                 given_up=self.lost,
                 remedy="Kafka did not confirm them in time, and no spool has them; clients must send them again",
             )
-        self._log.info("stopped", **shown_books(self._books))
+        self._log.info("stopped", **shown_books(self._books.totals()))
 
     # Reload
 
-    def reload(self) -> None:
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted = trio.Event()
+            ready = self._lifecycle.state.value == "ready"
+            if ready:
+                systemd.reloading()
+            await self.reload()
+            if ready:
+                systemd.notify("READY=1")
+
+    async def reload(self) -> None:
         """Read the settings again: routes, log level, TLS certificate and keys take effect, all or none.
 
-        A fault is logged and leaves everything as it was.
+        A fault is logged and leaves everything as it was. Topics that routes name anew must be there: Kafka is asked.
         """
-        ready = self._lifecycle.state.value == "ready"
-        if ready:
-            systemd.reloading()
         try:
             settings = self._settings if self._reload_settings is None else self._reload_settings()
-            rules = keys.token_rules(settings.auth)
+            rules = self._token_rules(settings)
             if (self._tls is None) != (settings.tls.cert_file is None):
                 raise ConfigError(["tls: cannot be switched on or off while running"])
-            if self._tls is not None:
-                keys.load_certificate(self._tls, settings.tls)
-        except ConfigError as error:
+            tls = keys.tls_context(settings.tls)
+            await self._check_new_topics(settings)
+        except GatewayError as error:
             self._counters.reloads["failed"] += 1
-            self._log.error("reload failed, the old settings stay", faults=list(error.faults))
+            self._log.error("reload failed, the old settings stay", faults=str(error).splitlines())
         except Exception as error:  # no file may end a daemon that runs
             self._counters.reloads["failed"] += 1
             self._log.error("reload failed, the old settings stay", exc_info=error)
         else:
             self._apply(settings)
             self._handshake.rules = rules
+            self._listener.tls = self._tls = tls
             self._counters.reloads["ok"] += 1
-        if ready:
-            systemd.notify("READY=1")
+
+    async def _check_new_topics(self, settings: Settings) -> None:
+        """Raise ConfigError unless every topic that is new is there and may be written to."""
+        new = sorted({*settings.table.all_topics()} - {*self._settings.table.all_topics()})
+        if not new or self._lifecycle.state.value == "starting":  # then they are waited for anyway
+            return
+        missing, forbidden = await self._producer.unusable_topics(new)
+        if missing is None:
+            raise ConfigError([f"routes: Kafka does not answer, so {', '.join(new)} cannot be looked for"])
+        faults = [f"routes: topic {topic} does not exist in Kafka: create it first" for topic in missing]
+        faults += [f"routes: not authorised for topic {topic}" for topic in forbidden]
+        if faults:
+            raise ConfigError(faults)
 
     def _apply(self, settings: Settings) -> None:
         old = self._settings
-        restart = [name for name in _RESTART_ONLY if getattr(old, name) != getattr(settings, name)]
+        restart = config.changed(old, settings, but=RELOADED)
+        copied = config.copied_by_systemd(settings)
         self._settings = old.model_copy(
             update={
                 "routes": settings.routes,
                 "auth": settings.auth,
                 "tls": settings.tls,
-                "log": settings.log,
+                "log": old.log.model_copy(update={"level": settings.log.level}),
             }
         )
         if settings.routes != old.routes:
@@ -409,7 +508,13 @@ class Gateway:
                 self._books.tally("", message_type)
         self._handshake.allow_query_token = settings.auth.allow_query_token
         self._log.set_level(settings.log.level)
-        self._log.info("reloaded", **({"needs_restart": restart} if restart else {}))
+        notes: dict[str, object] = {}
+        if restart:
+            notes["needs_restart"] = restart
+        if copied:
+            notes["not_renewed"] = copied
+            notes["remedy"] = "systemd copies credentials when the unit starts: restart it to renew them"
+        self._log.info("reloaded", **notes)
 
     def _status(self) -> Status:
         return Status(
@@ -424,9 +529,5 @@ class Gateway:
             spool_directory=self._settings.spool.directory,
             bootstrap_servers=self._bootstrap_servers,
             version=self._version,
+            progress=self._progress,
         )
-
-    def _time_turn(self, duration_s: float, sockets: int) -> None:
-        if not self._readiness.turns & ROUTING_SAMPLE_MASK:
-            times = sockets * (ROUTING_SAMPLE_MASK + 1)
-            self._counters.routing_s.observe(duration_s / sockets, times)

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import tomllib
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,11 @@ from cyclopts import Parameter
 from pydantic import SecretStr
 
 from gateway import cli_spool, config, devkeys, keys
-from gateway.errors import ConfigError, GatewayError
+from gateway.errors import ConfigError, GatewayError, leaf
+from gateway.orders import Orders
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from gateway.config import Settings
 
@@ -57,6 +59,11 @@ def _complain(error: GatewayError) -> None:
         print(f"gateway: {line}", file=sys.stderr)
 
 
+def _warn(warnings: Iterable[str]) -> None:
+    for line in warnings:
+        print(f"gateway: warning: {line}", file=sys.stderr)
+
+
 def _flags(**values: object) -> dict[str, Any]:
     """Flags that were given, as dotted settings; ``sets`` holds KEY=VALUE strings. Raises ConfigError."""
     flags: dict[str, Any] = {}
@@ -84,8 +91,9 @@ def serve(
     sidecar_port: int | None = None,
     log_level: Literal["debug", "info", "warning", "error"] | None = None,
     workers: Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=1, lte=1024))] = 1,
+    instance: Annotated[int, Parameter(validator=cyclopts.validators.Number(gte=0))] = 0,
     sets: Set = (),
-    parent: Annotated[int | None, Parameter(show=False)] = None,
+    worker: Annotated[bool, Parameter(show=False, negative=())] = False,
 ) -> int:
     """Run the daemon until SIGTERM or SIGINT.
 
@@ -107,20 +115,59 @@ def serve(
     workers
         Processes that share the port, for hosts with several cores; their sidecars are added up in one.
         Limits (listen.max_connections, kafka.max_queued_messages, ...) hold for each of them.
+    instance
+        The number of this one among several units on one host: added to sidecar.port.
     sets
         Any other setting, as SECTION.KEY=VALUE; may be repeated.
-    parent
-        The process that this one is a worker of.
+    worker
+        Be a worker: what else there is to know comes on standard input.
     """
+    if worker:
+        return _serve_as_worker(Orders.read(sys.stdin.buffer))
     flags = _flags(listen__host=host, listen__port=port, sidecar__port=sidecar_port, log__level=log_level, sets=sets)
-    load = partial(_load, config_file, flags, development=embedded_kafka)
+    load = partial(_load, config_file, flags, development=embedded_kafka, instance=instance)
+    settings = load()
     if workers > 1:
-        return _run(partial(_supervise, load(), workers, config_file, flags, embedded_kafka))
-    return _run(partial(_serve, load(), load, embedded_kafka, parent))
+        _check_everything(settings)
+        orders = Orders(config_file=str(config_file) if config_file else None, flags=flags, development=embedded_kafka)
+        return _run(partial(_supervise, settings, workers, orders, load, embedded_kafka))
+    return _run(partial(_serve, settings, load, embedded_kafka, None))
+
+
+def _serve_as_worker(orders: Orders) -> int:
+    """Serve with the settings that the parent has checked; faults are the parent's to tell."""
+    load = partial(
+        _load, Path(orders.config_file) if orders.config_file else None, orders.flags, development=orders.development
+    )
+    try:
+        return _run(partial(_serve, config.restore(orders.settings), load, False, orders.parent))
+    except GatewayError as error:
+        _say(*(f"fault: {line}" for line in str(error).splitlines()))
+        return 1
+
+
+def _check_everything(settings: Settings) -> None:
+    """Raise ConfigError with every fault that a start would meet one by one."""
+    from gateway.egress.producer import check_properties
+
+    checks: list[Callable[[], object]] = [
+        lambda: keys.token_rules(settings.auth),
+        lambda: keys.tls_context(settings.tls),
+        lambda: config.check_descriptors(settings.listen.max_connections),
+        lambda: check_properties(config.kafka_properties(settings.kafka)),
+    ]
+    faults: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except GatewayError as error:
+            faults += str(error).splitlines()
+    if faults:
+        raise ConfigError(faults)
 
 
 async def _supervise(
-    settings: Settings, workers: int, config_file: Path | None, flags: dict[str, Any], embedded_kafka: bool
+    settings: Settings, workers: int, orders: Orders, load: Callable[[], Settings], embedded_kafka: bool
 ) -> int:
     from gateway.egress.embedded import EmbeddedKafka
     from gateway.telemetry.logging import Log, stderr_descriptor
@@ -128,34 +175,38 @@ async def _supervise(
     from gateway.workers import Supervisor
 
     log = Log(Counters(), level=settings.log.level, style=settings.log.format, descriptor=stderr_descriptor())
-    command = [sys.executable, "-m", "gateway", "serve"]
-    if config_file is not None:
-        command += ["--config", str(config_file)]
-    elif settings.auth.secret_file is not None:
-        flags = {**flags, "auth.secret_file": settings.auth.secret_file}
-    command += [
-        f"--set={name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in flags.items()
-    ]
+    if settings.auth.secret_file is not None and orders.config_file is None:
+        orders = replace(orders, flags={**orders.flags, "auth.secret_file": settings.auth.secret_file})
     with ExitStack() as stack:
         stack.callback(log.close)
         if embedded_kafka:
-            kafka = settings.kafka.model_copy(
-                update={"bootstrap_servers": stack.enter_context(EmbeddedKafka()).bootstrap_servers}
+            kafka = stack.enter_context(EmbeddedKafka(settings.table.all_topics()))
+            settings = settings.model_copy(
+                update={"kafka": settings.kafka.model_copy(update={"bootstrap_servers": kafka.bootstrap_servers})}
             )
-            settings = settings.model_copy(update={"kafka": kafka})
-        supervisor = Supervisor(settings, workers, command, log, version=version("gateway"), say=_say)
+        supervisor = Supervisor(
+            settings,
+            workers,
+            [sys.executable, "-m", "gateway", "serve", "--worker"],
+            log,
+            version=version("gateway"),
+            say=_say,
+            orders=orders,
+            load=load,
+        )
         await supervisor.run()
         return 1 if supervisor.failed else 0
 
 
-def _load(path: Path | None, flags: dict[str, Any], *, development: bool) -> Settings:
+def _load(path: Path | None, flags: dict[str, Any], *, development: bool, instance: int = 0) -> Settings:
     """The settings; with ``development`` and no key anywhere, those with the development secret."""
     try:
-        return config.load(path, flags)
+        settings = config.load(path, flags)
     except ConfigError as error:
         if not development or not any(fault.startswith(("auth: is missing", "auth: no key")) for fault in error.faults):
             raise
-    return config.load(path, {**flags, "auth.secret_file": str(devkeys.ensure_secret().absolute())})
+        settings = config.load(path, {**flags, "auth.secret_file": str(devkeys.ensure_secret().absolute())})
+    return config.for_instance(settings, instance)
 
 
 async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_kafka: bool, parent: int | None) -> int:
@@ -171,7 +222,7 @@ async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_ka
         stack.callback(log.close)
         bootstrap_servers = None
         if embedded_kafka:
-            bootstrap_servers = stack.enter_context(EmbeddedKafka()).bootstrap_servers
+            bootstrap_servers = stack.enter_context(EmbeddedKafka(settings.table.all_topics())).bootstrap_servers
         gateway = Gateway(settings, counters, log, bootstrap_servers=bootstrap_servers, reload_settings=reload)
 
         async def announce(addresses: Addresses) -> None:
@@ -188,6 +239,8 @@ async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_ka
             nursery.start_soon(announce, addresses)
             if parent is not None:
                 nursery.start_soon(end_with_parent, parent)
+        if parent is not None:
+            _say(f"counted: {json.dumps(gateway.metrics().decode())}")
         return 1 if gateway.lost else 0
 
 
@@ -201,29 +254,42 @@ async def _until_done(
 
 
 def _say(*lines: str) -> None:
-    for line in lines:
-        print(f"gateway: {line}", flush=True)
+    """Print lines; where nobody takes them they are lost, which is no reason to end."""
+    try:
+        for line in lines:
+            print(f"gateway: {line}", flush=True)
+    except OSError:  # a reader that has gone, a full disk; ValueError below: it was closed
+        _give_up_stdout()
+    except ValueError:
+        return
+
+
+def _give_up_stdout() -> None:
+    """Nothing more can be written: what is buffered would be tried again at exit, and change the exit status."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
 
 
 def _run(main: Callable[[], Awaitable[int]]) -> int:
-    """Run the Trio program; what was raised on purpose comes out of its nurseries as itself."""
+    """Run the Trio program; what was raised on purpose, and Ctrl-C, come out of its nurseries as themselves."""
     try:
         return trio.run(main)
-    except* GatewayError as group:
-        raise _first(group) from None
-
-
-def _first(group: BaseExceptionGroup[GatewayError]) -> GatewayError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, GatewayError)  # noqa: S101  # from the except*
-    return error
+    except BaseExceptionGroup as group:
+        meant, rest = group.split((GatewayError, KeyboardInterrupt, BrokenPipeError))
+        if meant is None or (rest is not None and not group.subgroup(KeyboardInterrupt)):
+            raise
+        raise leaf(meant.subgroup(KeyboardInterrupt) or meant) from None
 
 
 @app.command
 def check_config(file: Path, /, *, sets: Set = ()) -> int:
     """Check a TOML file with everything it names: keys, certificate, Kafka properties. Connects to nothing.
+
+    Where the file names systemd credentials and this is not the unit, they are named, and the rest is checked.
 
     Parameters
     ----------
@@ -232,43 +298,22 @@ def check_config(file: Path, /, *, sets: Set = ()) -> int:
     sets
         Settings over it, as SECTION.KEY=VALUE.
     """
-    from gateway.egress.producer import KafkaProducer
-    from gateway.telemetry.logging import Log
-    from gateway.telemetry.metrics import Counters
-
-    settings = config.load(file, _flags(sets=sets))
-    faults: list[str] = []
-    counters = Counters()
-    checks: list[Callable[[], object]] = [
-        lambda: keys.token_rules(settings.auth),
-        lambda: keys.tls_context(settings.tls),
-        lambda: config.check_descriptors(settings.listen.max_connections),
-        lambda: KafkaProducer(
-            settings.kafka.bootstrap_servers,
-            config.kafka_properties(settings.kafka),
-            counters,
-            Log(counters, level="error"),
-        ),
-    ]
-    for check in checks:
-        try:
-            check()
-        except GatewayError as error:
-            faults += str(error).splitlines()
-    if faults:
-        raise ConfigError([f"{file}: {fault}" for fault in faults])
-    print(json.dumps(_redacted(settings), indent=2))
+    unseen: list[str] = []
+    settings = config.load(file, _flags(sets=sets), missing_credentials=unseen)
+    skipped: list[str] = []
+    try:
+        _check_everything(config.without_files(settings, unseen))
+        if not any(name.startswith("auth.") for name in unseen):
+            keys.token_rules(settings.auth, skipped)
+    except ConfigError as error:
+        raise ConfigError([f"{file}: {fault}" for fault in error.faults]) from None
+    finally:
+        _warn(f"{name}: systemd's credential could not be looked at, this is not its unit" for name in unseen)
+    _warn(config.warnings(settings))
+    _warn(f"{reason}: left out" for reason in skipped)
+    print(json.dumps(config.shown(settings), indent=2))
     print(f"{file}: ok")
     return 0
-
-
-def _redacted(settings: Settings) -> dict[str, Any]:
-    """The effective settings, secrets masked."""
-    shown: dict[str, Any] = settings.model_dump(mode="json")
-    for name in shown["kafka"]["properties"]:
-        if any(word in name for word in ("password", "secret", "key.pem", "jaas")):
-            shown["kafka"]["properties"][name] = "**********"
-    return shown
 
 
 @app.command
@@ -358,7 +403,7 @@ def _token_text(token: str | None, token_file: Path | None) -> str:
     """The token from where it was given. Raises ConfigError; never quotes it."""
     if token_file is not None:
         try:
-            return token_file.read_text().strip()
+            return token_file.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 [f"--token-file {token_file}: {getattr(error, 'strerror', None) or 'not text'}"]

@@ -27,7 +27,7 @@ from trio_util import AsyncValue
 from wsproto.utilities import LocalProtocolError
 
 from gateway.core.control import JSON
-from gateway.errors import ClientError, ConfigError, ConnectionLost, HandshakeRejected
+from gateway.errors import BadControlMessage, ClientError, ConfigError, ConnectionLost, HandshakeRejected, leaf
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
 if TYPE_CHECKING:
@@ -66,9 +66,10 @@ class Connection:
     closing: dict[str, Any] = field(default_factory=dict)
     """The gateway's closing notice, once it has come."""
     degraded: bool = False
-    """True between the gateway's ``degraded`` and ``recovered``: it reads nothing, pings included."""
+    """True between the gateway's ``degraded`` and ``recovered``: it hands over nothing, and keeps only a little."""
     on_ack: Callable[[int], None] = lambda count: None
     on_rejected: Callable[[int], None] = lambda count: None
+    on_recovered: Callable[[], None] = lambda: None
     ended: trio.Event = field(default_factory=trio.Event)
     """Set when the gateway or the network has ended it."""
 
@@ -97,23 +98,57 @@ class Connection:
             raise _lost(error) from error
 
     async def listen(self) -> None:
-        """Take control messages until the connection ends; run it beside the sender."""
+        """Take control messages until the connection ends; run it beside the sender. Raises BadControlMessage."""
         try:
             while True:
-                message = json.loads(await self.socket.get_message())
-                if message["type"] == "rejected":
-                    self.rejected += message["count"]
-                    self.on_rejected(message["count"])
-                elif message["type"] in ("degraded", "recovered"):
-                    self.degraded = message["type"] == "degraded"
-                elif message["type"] == "ack":
-                    self.on_ack(message["count"])
-                elif message["type"] == "closing":
-                    self.closing = message
+                self._take(await self.socket.get_message())
         except trio_websocket.ConnectionClosed:
             return
         finally:
             self.ended.set()
+
+    def _take(self, text: str | bytes) -> None:
+        """Act on one control message; types that are not known are for newer clients."""
+        try:
+            message = _control(text)
+            kind = message["type"]
+            if kind == "rejected":
+                self.rejected += int(message["count"])
+                self.on_rejected(int(message["count"]))
+            elif kind in ("degraded", "recovered"):
+                self.degraded = kind == "degraded"
+                if not self.degraded:
+                    self.on_recovered()
+            elif kind == "ack":
+                self.on_ack(int(message["count"]))
+            elif kind == "closing":
+                self.closing = {**message, "reconnect_after_ms": float(message["reconnect_after_ms"])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadControlMessage(f"not a control message of gateway.v1: {text[:80]!r}") from error
+
+
+def _control(text: str | bytes) -> dict[str, Any]:
+    """The map that a control message holds. Raises ValueError."""
+    message = json.loads(text)
+    if not isinstance(message, dict):
+        raise ValueError("not a map")  # noqa: TRY004  # a value of the wrong form, like any other here
+    return message
+
+
+def _welcome(text: str | bytes) -> dict[str, Any]:
+    """The gateway's first message. Raises BadControlMessage."""
+    try:
+        message = _control(text)
+        if message["type"] != "welcome":
+            raise ValueError("another message")  # as the others
+        for name in ("user_id", "company_id"):
+            if not isinstance(message[name], str):
+                raise TypeError(name)
+        float(message["ping_interval_s"])
+        int(message["limits"]["max_message_bytes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadControlMessage(f"not a welcome of gateway.v1: {text[:80]!r}") from error
+    return message
 
 
 def _lost(error: trio_websocket.ConnectionClosed) -> ConnectionLost:
@@ -158,7 +193,7 @@ async def connect(
         theirs, rest = group.split((trio_websocket.ConnectionRejected, LocalProtocolError))
         if theirs is None or rest is not None:
             raise
-        error = _leaf(theirs)
+        error = leaf(theirs)
         if isinstance(error, trio_websocket.ConnectionRejected):
             raise _rejected(error) from None
         raise ConnectionLost(1006, "closed") from None
@@ -201,7 +236,7 @@ async def _shake_hands(
                 extra_headers=[(b"Authorization", b"Bearer " + token.encode())],
                 message_queue_size=16,
             )
-            return Connection(socket, json.loads(await socket.get_message()))
+            return Connection(socket, _welcome(await socket.get_message()))
     except trio_websocket.ConnectionClosed as error:
         raise _lost(error) from error
     except trio.TooSlowError as error:
@@ -280,8 +315,9 @@ class GatewayClient:
     ) -> None:
         """Keep one message and let it be sent; waits while ``max_unacked`` are kept.
 
-        Messages are sent in the order of these calls, and again in that order. Cancelled while it waits, nothing is
-        kept. Raises TypeError or ValueError for what no envelope can hold, and for one larger than the gateway takes.
+        Messages are sent in the order of these calls, and again in that order. Always a checkpoint; cancelled, nothing
+        is kept. Raises TypeError or ValueError for what no envelope can hold, and for one larger than the gateway
+        takes.
         """
         now_ms = time.time_ns() // 1_000_000
         message = MessageEnvelope(
@@ -293,6 +329,7 @@ class GatewayClient:
         size = message.ByteSize() + self._identity_bytes
         if size > self._max_message_bytes:
             raise ValueError(f"message of {size} bytes; the gateway takes {self._max_message_bytes}")
+        await trio.lowlevel.checkpoint()
         while self.unacked >= self._max_unacked:
             await self._unacked.wait_value(lambda unacked: unacked < self._max_unacked)
         self._waiting.append(message)
@@ -314,7 +351,7 @@ class GatewayClient:
                     await self._talk(connection)
             except* (ClientError, OSError, trio.TooSlowError) as group:
                 if not self._leaving.is_set():  # everything is acked then: how the connection ends does not matter
-                    error = _leaf(group)
+                    error = leaf(group)
                     delay_s = _delay_or_raise(error, connection, self._backoff)
                     self._say(f"{error}; again in {delay_s:.1f} s")
                     self.reconnects += 1
@@ -336,6 +373,7 @@ class GatewayClient:
         self._identity_bytes = len(welcome["user_id"].encode()) + len(welcome["company_id"].encode()) + 8
         connection.on_ack = self._take_ack
         connection.on_rejected = self._take_rejected
+        connection.on_recovered = lambda: self._work.set()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_all, connection)
             nursery.start_soon(self._until_lost, connection)
@@ -346,8 +384,9 @@ class GatewayClient:
     async def _send_all(self, connection: Connection) -> None:
         while True:
             self._work = trio.Event()
-            # After a closing notice nothing more is sent: what the gateway has is acked before it closes.
-            while self._waiting and not connection.closing:
+            # After a closing notice nothing more is sent: what the gateway has is acked before it closes. One that is
+            # degraded keeps little, and would soon not even see a ping behind what it does not read.
+            while self._waiting and not connection.closing and not connection.degraded:
                 message = self._waiting[0]
                 message.user_id = connection.welcome["user_id"]
                 message.company_id = connection.welcome["company_id"]
@@ -387,14 +426,6 @@ class GatewayClient:
         self._acked_here = count
         self.acked += settled
         self._unacked.value -= settled
-
-
-def _leaf(group: BaseExceptionGroup[Exception]) -> Exception:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception)  # noqa: S101  # from the except*
-    return error
 
 
 def _delay_or_raise(error: Exception, connection: Connection | None, backoff: Backoff) -> float:
@@ -438,4 +469,4 @@ async def open_client(
         final, rest = group.split((ClientError, ConfigError))
         if final is None or rest is not None:
             raise
-        raise _leaf(final) from None
+        raise leaf(final) from None

@@ -2,17 +2,19 @@
 
 Each stage has its own frozen class. `load` reports every fault at once, each with its path, and refuses keys it does
 not know, in the file and in the environment. Environment names are ``GATEWAY_<SECTION>__<KEY>``
-(``GATEWAY_LISTEN__PORT=8001``); a table is given as JSON. Where a setting names a file, ``credential:NAME`` means the
-systemd credential of that name (``$CREDENTIALS_DIRECTORY/NAME``, systemd.exec(5)), and a relative path is relative to
-the TOML file.
+(``GATEWAY_LISTEN__PORT=8001``); a table is given as JSON. Other names that begin with ``GATEWAY_`` are not settings: a
+container platform injects them for a service called "gateway". Where a setting names a file, ``credential:NAME`` means
+the systemd credential of that name (``$CREDENTIALS_DIRECTORY/NAME``, systemd.exec(5)), and a relative path is relative
+to the TOML file.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -27,25 +29,47 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from gateway.core.origins import ANY_ORIGIN, check_allowed, check_public
 from gateway.core.principal import ALGORITHMS
 from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes, check_topic
 from gateway.egress.producer import OWN_PROPERTIES
 from gateway.errors import ConfigError
 
 ENV_PREFIX: Final = "GATEWAY_"
+OTHER_ENVIRONMENT: Final = frozenset({"GATEWAY_TOKEN"})
+"""Names under the prefix that the product itself uses for something else than a setting."""
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 CREDENTIAL: Final = "credential:"
 MIN_SECRET_BYTES: Final = 32  # RFC 7518 3.2: a key of at least the hash's size
+COPIES: Final = 2
+"""How often a value is held until Kafka has confirmed it: by librdkafka, and here, for what a failure makes of it."""
 DESCRIPTOR_RESERVE: Final = 512
 """Descriptors kept free beside connections: overflow (256), sidecar, Kafka, epoll, files."""
 
-_Port = Annotated[int, Field(ge=0, le=65535)]
+SPOOL_RESERVE_S: Final = 10.0
+"""Of a drain's time, what is kept for its last part: the spool, at some 20,000 records a second."""
+
+MAX_PORT: Final = 65_535
+_Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 _Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 _Topic = Annotated[str, AfterValidator(check_topic)]
 _Property = str | int | float | bool
+_Origin = Annotated[str, AfterValidator(check_allowed)]
+_PublicOrigin = Annotated[str, AfterValidator(check_public)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+_PATH = re.compile(r"/[!-~]*\Z")
+
+
+def _check_path(path: str) -> str:
+    """A request's path, as RFC 9112 3.2 has it in a target: no query and no fragment can ever be part of it."""
+    if not _PATH.match(path) or "?" in path or "#" in path:
+        raise ValueError("wanted a path of ASCII that begins with / and has no query (?) and no fragment (#)")
+    return path.rstrip("/") or "/"
 
 
 class ListenSettings(_Section):
@@ -53,16 +77,20 @@ class ListenSettings(_Section):
 
     host: str = "127.0.0.1"
     port: _Port = 8001
-    path: Annotated[str, Field(pattern=r"^/[!-~]*$", max_length=256)] = "/ws/mt5"
+    path: Annotated[str, AfterValidator(_check_path), Field(max_length=256)] = "/ws/mt5"
     backlog: Annotated[int, Field(ge=1, le=65535)] = 4096
     reuse_port: bool = False
     max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     handshake_timeout_s: _Seconds = 10.0
     max_message_bytes: Annotated[int, Field(ge=1024, le=8 * 1024 * 1024)] = 65_536
-    allowed_origins: tuple[str, ...] = ()
+    allowed_origins: tuple[_Origin, ...] = ()
+    public_origin: _PublicOrigin | None = None
+    """What browsers call this gateway behind a proxy that rewrites Host: such an Origin passes as its own."""
     handshakes_per_address_per_s: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 50.0
     handshakes_per_address_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     max_pending_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 200
+    max_held_bytes: Annotated[int, Field(ge=65_536, le=1 << 36)] = 256 * 1024 * 1024
+    """What all connections together may hold that was read while Kafka takes nothing, each an equal share of it."""
 
 
 class TlsSettings(_Section):
@@ -140,8 +168,9 @@ class RouteSettings(_Section):
 class KafkaSettings(_Section):
     """The cluster; ``properties`` is handed to librdkafka (CONFIGURATION.md of librdkafka lists them).
 
-    ``max_queued_messages`` and ``max_queued_bytes`` (of values) are what the producer holds while Kafka does not
-    answer; when either is reached, nothing more is read from clients.
+    ``max_queued_messages`` and ``max_queued_bytes`` (of values) are what is held for Kafka while it does not answer;
+    when either is reached, nothing more is handed over. A value is held twice, by librdkafka and by the gateway, and
+    counts twice.
     """
 
     bootstrap_servers: str = "127.0.0.1:9092"
@@ -153,9 +182,9 @@ class KafkaSettings(_Section):
 
     @model_validator(mode="after")
     def _not_ours(self) -> KafkaSettings:
-        taken = sorted(OWN_PROPERTIES.intersection({*self.properties, *self.property_files}))
+        taken = sorted(OWN_PROPERTIES.keys() & {*self.properties, *self.property_files})
         if taken:
-            raise ValueError(f"properties may not set {', '.join(taken)}: the gateway's promises rest on them")
+            raise ValueError("; ".join(f"properties may not set {name}: {OWN_PROPERTIES[name]}" for name in taken))
         return self
 
 
@@ -184,16 +213,33 @@ class SpoolSettings(_Section):
 
 
 class DrainSettings(_Section):
-    """How long a shutdown takes at most: the closes' spread, closing, flushing to Kafka; then the spool is written.
+    """How long a shutdown takes at most: ``timeout_s`` for all of it, and for each part within that.
 
-    Connections are closed over ``close_window_s``, so that their clients do not all come back at once, or faster
-    when there are few.
+    For ``grace_s`` the gateway is not ready and still serves newcomers, so that a balancer finds out first. Then
+    connections are closed over ``close_window_s``, so that their clients do not all come back at once, or faster
+    when there are few; then Kafka's answers are waited for, and what is left is spooled.
     """
 
+    timeout_s: _Seconds = 50.0
+    grace_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 0.5
     close_window_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 3.0
     close_timeout_s: _Seconds = 10.0
     flush_timeout_s: _Seconds = 20.0
     reconnect_window_ms: Annotated[int, Field(ge=0, le=600_000)] = 5_000
+
+    @model_validator(mode="after")
+    def _fits(self) -> DrainSettings:
+        first = self.grace_s + self.close_window_s
+        if first >= self.timeout_s:
+            raise ValueError(
+                f"timeout_s {self.timeout_s:g} leaves nothing after grace_s and close_window_s, {first:g} together"
+            )
+        return self
+
+    @property
+    def spool_reserve_s(self) -> float:
+        """What of ``timeout_s`` is kept for writing the spool: `SPOOL_RESERVE_S`, or a quarter of a short one."""
+        return min(SPOOL_RESERVE_S, self.timeout_s / 4)
 
 
 class Settings(BaseSettings):
@@ -228,7 +274,7 @@ class Settings(BaseSettings):
                 f"listen.max_message_bytes {self.listen.max_message_bytes}"
                 f" does not fit into Kafka's message.max.bytes {limit}"
             )
-        if self.kafka.max_queued_bytes < 4 * self.listen.max_message_bytes:
+        if self.kafka.max_queued_bytes < 4 * COPIES * self.listen.max_message_bytes:
             raise ValueError("kafka.max_queued_bytes holds fewer than four messages of listen.max_message_bytes")
         return self
 
@@ -265,17 +311,21 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The file's tables. Raises ConfigError naming the file."""
     try:
         with path.open("rb") as file:
-            return tomllib.load(file)
+            return tomllib.loads(file.read().removeprefix(BYTE_ORDER_MARK).decode())
     except OSError as error:
         raise ConfigError([f"{path}: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: not TOML: {error}"]) from error
 
 
-def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Settings:
+def load(
+    path: Path | None, flags: Mapping[str, Any] | None = None, *, missing_credentials: list[str] | None = None
+) -> Settings:
     """Read the settings; raises ConfigError with every fault.
 
-    ``flags`` maps dotted paths (``listen.port``) to values and wins over environment and file.
+    ``flags`` maps dotted paths (``listen.port``) to values and wins over environment and file. Outside a unit, where
+    systemd has put no credentials, a setting that names one is a fault; or its path is added to
+    ``missing_credentials``, and the setting keeps the name.
     """
     file_values = read_toml(path) if path is not None else {}
     faults = _unknown_environment()
@@ -308,7 +358,103 @@ def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Settings:
         raise ConfigError([*faults, f"environment: {error}"]) from None
     if faults:
         raise ConfigError(sorted(faults))
-    return _with_paths(settings, path.parent if path is not None else Path())
+    return _with_paths(settings, path.parent if path is not None else Path(), missing_credentials)
+
+
+def warnings(settings: Settings) -> list[str]:
+    """What an operator should know and may have meant."""
+    found = []
+    other = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and _is_other(name))
+    if other:
+        found.append(f"environment: {', '.join(other)}: no settings, ignored (a setting is GATEWAY_<SECTION>__<KEY>)")
+    if ANY_ORIGIN in settings.listen.allowed_origins:
+        found.append('listen.allowed_origins: "*" lets the pages of every site connect')
+    return found
+
+
+def for_instance(settings: Settings, instance: int) -> Settings:
+    """The settings of unit number ``instance`` of several on one host. Raises ConfigError."""
+    port = settings.sidecar.port + instance
+    if port > MAX_PORT:
+        raise ConfigError([f"sidecar.port: {settings.sidecar.port} and --instance {instance} are over {MAX_PORT}"])
+    return settings.model_copy(update={"sidecar": settings.sidecar.model_copy(update={"port": port})})
+
+
+def without_files(settings: Settings, names: Collection[str]) -> Settings:
+    """The settings less the files that are named: what can be checked of them."""
+    tls, auth, kafka = settings.tls, settings.auth, settings.kafka
+    if any(name.startswith("tls.") for name in names):
+        tls = TlsSettings()
+    if any(name.startswith("auth.") for name in names):
+        auth = AuthSettings(secret=SecretStr("x" * MIN_SECRET_BYTES))
+    files = {name: file for name, file in kafka.property_files.items() if f"kafka.property_files.{name}" not in names}
+    kafka = kafka.model_copy(update={"property_files": files})
+    return settings.model_copy(update={"tls": tls, "auth": auth, "kafka": kafka})
+
+
+_SECRET_PROPERTIES: Final = re.compile(r"passw|passphrase|secret|\.pem\Z|jaas|oauthbearer\.config|_key\Z")
+"""The properties that librdkafka marks as sensitive (_RK_SENSITIVE), by their words, but names of users and files."""
+_PASSWORD_IN_URL: Final = re.compile(r"(?<=://)[^/@\s]*@")
+MASK: Final = "**********"
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    """The settings for people: secrets masked, and passwords in URLs."""
+    found: dict[str, Any] = settings.model_dump(mode="json")
+    properties = found["kafka"]["properties"]
+    for name, value in properties.items():
+        if _SECRET_PROPERTIES.search(name):
+            properties[name] = MASK
+        elif isinstance(value, str):
+            properties[name] = _PASSWORD_IN_URL.sub(f"{MASK}@", value)
+    return found
+
+
+def dump(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON can hold them, secrets included, for `restore`."""
+    found: dict[str, Any] = settings.model_dump(mode="json")
+    if settings.auth.secret is not None:
+        found["auth"]["secret"] = settings.auth.secret.get_secret_value()
+    return found
+
+
+def restore(dumped: Mapping[str, Any]) -> Settings:
+    """The settings that `dump` was given; nothing else counts, neither the environment nor a file."""
+
+    class _Restored(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *_: Any, **__: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (_Layer(settings_cls, dumped),)
+
+    return _Restored()
+
+
+def changed(old: Settings, new: Settings, *, but: Collection[str]) -> list[str]:
+    """The settings that differ, as SECTION.KEY; those in ``but`` are left out, SECTION.* standing for all of one."""
+    return [
+        f"{section}.{key}"
+        for section, model in _SECTIONS.items()
+        for key in model.model_fields
+        if not {f"{section}.*", f"{section}.{key}"} & set(but)
+        and getattr(getattr(old, section), key) != getattr(getattr(new, section), key)
+    ]
+
+
+def copied_by_systemd(settings: Settings) -> list[str]:
+    """The settings whose file is a systemd credential: a copy made when the unit started, which no reload renews."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if directory is None:
+        return []
+    files: dict[str, str | None] = {
+        "tls.cert_file": settings.tls.cert_file,
+        "tls.key_file": settings.tls.key_file,
+        "auth.secret_file": settings.auth.secret_file,
+        "auth.jwks_file": settings.auth.jwks_file,
+        **{f"auth.public_keys.{index}.file": key.file for index, key in enumerate(settings.auth.public_keys)},
+    }
+    return [name for name, file in files.items() if file is not None and Path(file).is_relative_to(directory)]
 
 
 def _fault(location: tuple[int | str, ...], message: str, kind: str) -> str:
@@ -322,18 +468,27 @@ def _fault(location: tuple[int | str, ...], message: str, kind: str) -> str:
 
 def _unknown_environment() -> list[str]:
     """pydantic-settings ignores names it does not know; a typing error must not go unnoticed."""
-    known = {f"{ENV_PREFIX}{section}".upper(): field.annotation for section, field in Settings.model_fields.items()}
     faults = []
     for name in os.environ:
-        if name.startswith(ENV_PREFIX):
+        if name.startswith(ENV_PREFIX) and "__" in name:
             section, _, key = name.partition("__")
-            model = known.get(section.upper())
-            if model is None or (key and key.partition("__")[0].lower() not in model.model_fields):
+            model = _ENVIRONMENT.get(section.upper())
+            if model is None or key.partition("__")[0].lower() not in model.model_fields:
                 faults.append(f"{name}: is not a setting (environment)")
     return faults
 
 
-def _with_paths(settings: Settings, directory: Path) -> Settings:
+_SECTIONS: Final[dict[str, Any]] = {section: field.annotation for section, field in Settings.model_fields.items()}
+_ENVIRONMENT: Final = {f"{ENV_PREFIX}{section}".upper(): model for section, model in _SECTIONS.items()}
+"""The sections by their names in the environment, where each can be given whole, as JSON."""
+
+
+def _is_other(name: str) -> bool:
+    """Whether a name under the prefix neither is nor looks like a setting."""
+    return "__" not in name and name.upper() not in _ENVIRONMENT and name not in OTHER_ENVIRONMENT
+
+
+def _with_paths(settings: Settings, directory: Path, missing_credentials: list[str] | None) -> Settings:
     """The settings with every file name made whole. Raises ConfigError for a credential that is not there."""
     faults: list[str] = []
 
@@ -343,6 +498,9 @@ def _with_paths(settings: Settings, directory: Path) -> Settings:
         if not name.startswith(CREDENTIAL):
             return str(directory / name)
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        if credentials is None and missing_credentials is not None:
+            missing_credentials.append(where)
+            return name
         if credentials is None:
             faults.append(f"{where}: {name} needs systemd's LoadCredential= (CREDENTIALS_DIRECTORY is not set)")
             return name
@@ -390,21 +548,38 @@ def kafka_properties(settings: KafkaSettings) -> dict[str, _Property]:
     properties = {
         **settings.properties,
         "queue.buffering.max.messages": settings.max_queued_messages,
-        "queue.buffering.max.kbytes": settings.max_queued_bytes // 1024,
+        "queue.buffering.max.kbytes": settings.max_queued_bytes // COPIES // 1024,
     }
     for name, file in settings.property_files.items():
         try:
-            properties[name] = Path(file).read_text().rstrip("\n")
+            value = without_line_ending(Path(file).read_bytes()).decode()
+            if "\0" in value:
+                raise ConfigError([f"kafka.property_files.{name}: {file}: holds a zero byte"])
+            properties[name] = value
+        except UnicodeDecodeError as error:
+            raise ConfigError([f"kafka.property_files.{name}: {file}: not UTF-8, as Kafka wants it"]) from error
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not text"
+            reason = getattr(error, "strerror", None) or error
             raise ConfigError([f"kafka.property_files.{name}: {file}: {reason}"]) from error
     return properties
+
+
+def without_line_ending(content: bytes) -> bytes:
+    """A secret file's content less the one line ending that an editor puts behind it."""
+    return content.removesuffix(b"\n").removesuffix(b"\r") if content.endswith(b"\n") else content
 
 
 def check_descriptors(max_connections: int) -> None:
     """Raise the soft limit of open files for ``max_connections`` sockets; ConfigError when the hard limit is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_connections + DESCRIPTOR_RESERVE
+    if hard != resource.RLIM_INFINITY and hard <= DESCRIPTOR_RESERVE:
+        raise ConfigError(
+            [
+                f"listen.max_connections: {max_connections} needs {wanted} open files, the limit is {hard}:"
+                f" raise LimitNOFILE, to {DESCRIPTOR_RESERVE + 1} at least"
+            ]
+        )
     if hard != resource.RLIM_INFINITY and wanted > hard:
         raise ConfigError(
             [

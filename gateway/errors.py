@@ -5,10 +5,12 @@
     GatewayError                    everything the gateway raises on purpose
     ├── ConfigError                 settings that cannot be used; carries every fault, each with its path
     ├── StartupError                a resource that cannot be had: port, certificate, key, broker setting
+    ├── NoThread                    no thread can be had at the moment
     ├── SpoolError                  the spool's directory cannot be used, or takes nothing more
     ├── Refused                     a handshake that ends with an HTTP answer; carries a refusals.Refusal
     ├── NotAnEnvelope               bytes that are not a MessageEnvelope
     └── ClientError                 the client side (gateway.client)
+        ├── BadControlMessage       the server sent something that the contract does not know
         ├── HandshakeRejected       the server answered the upgrade with something other than 101
         └── ConnectionLost          the connection ended while it was needed
 
@@ -18,12 +20,19 @@ what was wrong, where, and what to do; the command line prints them as one line.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gateway.refusals import Refusal
+
+
+def leaf(error: BaseException) -> Any:
+    """The first exception in a group of groups, or ``error`` itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class GatewayError(Exception):
@@ -43,6 +52,10 @@ class ConfigError(GatewayError):
 
 class StartupError(GatewayError):
     """A resource the daemon needs cannot be had; the message names it."""
+
+
+class NoThread(GatewayError):
+    """The system gives the process no further thread; it may do so later."""
 
 
 class SpoolError(GatewayError):
@@ -65,6 +78,10 @@ class NotAnEnvelope(GatewayError):
 
 class ClientError(GatewayError):
     """The client side failed."""
+
+
+class BadControlMessage(ClientError):
+    """The server's control message has not the form of the contract; another attempt would meet the same."""
 
 
 class HandshakeRejected(ClientError):

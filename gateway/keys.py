@@ -5,8 +5,11 @@ Everything here is read again on SIGHUP; a file that cannot be used leaves what 
 
 from __future__ import annotations
 
+import json
 import ssl
+from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -18,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from cryptography.x509 import load_pem_x509_certificate
 
-from gateway.config import MIN_SECRET_BYTES
+from gateway.config import BYTE_ORDER_MARK, MIN_SECRET_BYTES, without_line_ending
 from gateway.core.principal import TokenRules, VerifyKey
 from gateway.errors import ConfigError
 
@@ -28,11 +31,15 @@ if TYPE_CHECKING:
 _MIN_RSA_BITS = 2048  # RFC 7518 3.3
 
 
-def token_rules(settings: AuthSettings) -> TokenRules:
-    """Load every configured key. Raises ConfigError with all that cannot be used."""
+def token_rules(settings: AuthSettings, skipped: list[str] | None = None) -> TokenRules:
+    """Load every configured key. Raises ConfigError with all that cannot be used.
+
+    Keys of a JWKS that are of no use here are no fault (RFC 7517 5); why they were left out is added to ``skipped``.
+    """
     faults: list[str] = []
     keys: list[VerifyKey] = []
-    for load in (_secret, _public_keys, _jwks):
+    left_out = [] if skipped is None else skipped
+    for load in (_secret, _public_keys, partial(_jwks, left_out)):
         try:
             keys += load(settings)
         except ConfigError as error:
@@ -52,7 +59,7 @@ def read_secret(settings: AuthSettings) -> bytes | None:
         secret = settings.secret.get_secret_value().encode()
     elif settings.secret_file is not None:
         where = f"auth.secret_file: {settings.secret_file}"
-        secret = _read(where, settings.secret_file).strip()
+        secret = without_line_ending(_read(where, settings.secret_file))
     else:
         return None
     if len(secret) < MIN_SECRET_BYTES:
@@ -83,6 +90,8 @@ def _public_keys(settings: AuthSettings) -> list[VerifyKey]:
     for index, entry in enumerate(settings.public_keys):
         where = f"auth.public_keys.{index}.file: {entry.file}"
         pem = _read(where, entry.file)
+        if pem.count(b"-----BEGIN ") > 1:
+            raise ConfigError([f"{where}: holds more than one PEM block; give each key an entry and a file of its own"])
         try:
             if b"BEGIN CERTIFICATE" in pem:
                 key: Any = load_pem_x509_certificate(pem).public_key()
@@ -94,25 +103,46 @@ def _public_keys(settings: AuthSettings) -> list[VerifyKey]:
     return keys
 
 
-def _jwks(settings: AuthSettings) -> list[VerifyKey]:
+def _jwks(skipped: list[str], settings: AuthSettings) -> list[VerifyKey]:
     if settings.jwks_file is None:
         return []
     where = f"auth.jwks_file: {settings.jwks_file}"
     text = _read(where, settings.jwks_file)
     try:
-        entries = jwt.PyJWKSet.from_json(text.decode()).keys
-    except Exception as error:  # PyJWT lets TypeError, AttributeError and others through for odd JSON
+        entries = json.loads(text.removeprefix(BYTE_ORDER_MARK).decode())["keys"]
+        if not isinstance(entries, list):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError([f"{where}: not a JWKS (RFC 7517)"]) from error
     keys = []
-    for entry in entries:
-        if entry.public_key_use not in (None, "sig"):
-            continue
-        if entry.key_type == "oct":
-            raise ConfigError([f"{where}: key {entry.key_id!r} is a shared secret: use auth.secret_file"])
-        keys.append(_bind(f"{where}: key {entry.key_id!r}", entry.key, entry.key_id, settings))
+    for number, entry in enumerate(entries):
+        kid = entry.get("kid") if isinstance(entry, dict) else None
+        name = f"{where}: key {number if kid is None else repr(kid)}"
+        try:
+            keys.append(_jwk(name, entry, settings))
+        except ConfigError as error:
+            skipped += error.faults
     if not keys:
-        raise ConfigError([f"{where}: holds no key for signatures"])
+        raise ConfigError([f"{where}: holds no key that is of use here", *skipped])
     return keys
+
+
+def _jwk(name: str, entry: Any, settings: AuthSettings) -> VerifyKey:
+    """One entry of a JWKS. Raises ConfigError with why it is of no use here."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("kid"), str | NoneType):
+        raise ConfigError([f"{name}: not a JWK (RFC 7517 4)"])
+    if entry.get("use", "sig") != "sig" or "verify" not in (entry.get("key_ops") or ["verify"]):
+        raise ConfigError([f"{name}: not for verifying signatures"])
+    if entry.get("kty") == "oct":
+        raise ConfigError([f"{name}: a shared secret: use auth.secret_file"])
+    try:
+        found = jwt.PyJWK.from_dict(entry)
+    except Exception as error:  # PyJWT lets TypeError, AttributeError and others through for odd JSON
+        raise ConfigError([f"{name}: not a key this gateway knows (kty {entry.get('kty')!r})"]) from error
+    key = _bind(name, found.key, entry.get("kid"), settings)
+    if entry.get("alg", key.algorithm) not in (key.algorithm, "Ed25519"):
+        raise ConfigError([f"{name}: for {entry['alg']!r}, not for {key.algorithm}"])
+    return key
 
 
 def _bind(where: str, key: Any, kid: str | None, settings: AuthSettings) -> VerifyKey:
@@ -133,31 +163,25 @@ def _bind(where: str, key: Any, kid: str | None, settings: AuthSettings) -> Veri
 
 
 def tls_context(settings: TlsSettings) -> ssl.SSLContext | None:
-    """A server context for TLS 1.2 and later, None without a certificate. Raises ConfigError."""
+    """A server context for TLS 1.2 and later, None without a certificate. Raises ConfigError.
+
+    A certificate is renewed by a new context: loading another into one that serves adds it beside the old one where
+    the kinds of their keys differ, and a pair that does not match breaks it.
+    """
     if settings.cert_file is None or settings.key_file is None:
         return None
+    for name, path in (("cert_file", settings.cert_file), ("key_file", settings.key_file)):
+        _read(f"tls.{name}: {path}", path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # WebSocket over TLS is HTTP/1.1 here (RFC 6455); saying so keeps a client from trying HTTP/2.
     context.set_alpn_protocols(["http/1.1"])
-    load_certificate(context, settings)
-    return context
-
-
-def load_certificate(context: ssl.SSLContext, settings: TlsSettings) -> None:
-    """Load the pair into ``context``, which may be serving. Raises ConfigError and then changes nothing.
-
-    A pair that does not match breaks the context it is loaded into, so it is tried on another one first.
-    """
-    assert settings.cert_file is not None and settings.key_file is not None  # noqa: S101, PT018  # the callers' case
-    for name, path in (("cert_file", settings.cert_file), ("key_file", settings.key_file)):
-        _read(f"tls.{name}: {path}", path)
     try:
         # The empty password keeps OpenSSL from asking for one on the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.cert_file, settings.key_file, password="")
         context.load_cert_chain(settings.cert_file, settings.key_file, password="")
     except (ssl.SSLError, OSError) as error:
         reason = getattr(error, "reason", None) or "unusable"
         raise ConfigError(
             [f"tls: {settings.cert_file} and {settings.key_file} are no certificate with its key: {reason}"]
         ) from error
+    return context

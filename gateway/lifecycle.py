@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Literal
 import trio
 from trio_util import AsyncValue
 
+from gateway.signals import SIGNALS, release_signals
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -28,11 +30,14 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.state: AsyncValue[State] = AsyncValue("starting")
+        self.was_ready = False
+        """Somebody may have been sent here."""
 
     def ready(self) -> bool:
         """Leave ``starting``; false when the daemon is already past it."""
         if self.state.value != "starting":
             return False
+        self.was_ready = True
         self.state.value = "ready"
         return True
 
@@ -56,7 +61,8 @@ async def handle_signals(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Turn signals into what they mean, until cancelled."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        release_signals()
         task_status.started()
         async for number in signals:
             if number == signal.SIGHUP:

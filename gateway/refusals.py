@@ -92,7 +92,7 @@ REFUSALS: Final = (
 CLOSE_PROTOCOL_ERROR: Final = Close("protocol_error", 1002, "protocol error", retryable=False)
 CLOSE_TEXT: Final = Close("text_frame", 1003, "binary messages only", retryable=False)
 CLOSE_BAD_UTF8: Final = Close("bad_utf8", 1007, "invalid UTF-8", retryable=False)
-CLOSE_CONTROL_FLOOD: Final = Close("control_flood", 1008, "too many control frames", retryable=False)
+CLOSE_CONTROL_FLOOD: Final = Close("control_flood", 1008, "too many control frames", retryable=True)
 CLOSE_TOO_BIG: Final = Close("too_big", 1009, "message too big", retryable=False)
 CLOSE_INTERNAL: Final = Close("internal_error", 1011, "internal error", retryable=True)
 CLOSE_RESTART: Final = Close("restart", 1012, "service restart", retryable=True)
@@ -104,6 +104,8 @@ REASON_UNKNOWN_TYPE: Final = "unknown_message_type"
 REASON_FOREIGN_USER: Final = "user_id_mismatch"
 REASON_FOREIGN_COMPANY: Final = "company_id_mismatch"
 REASON_KAFKA_REFUSED: Final = "kafka_refused"
+REASON_OTHER: Final = "other"
+"""A dead letter out of the spool whose reason this version does not know."""
 
 DEAD_LETTER_REASONS: Final = (
     REASON_NOT_AN_ENVELOPE,
@@ -111,6 +113,7 @@ DEAD_LETTER_REASONS: Final = (
     REASON_FOREIGN_USER,
     REASON_FOREIGN_COMPANY,
     REASON_KAFKA_REFUSED,
+    REASON_OTHER,
 )
 
 GIVEN_UP_DEAD_LETTER_REFUSED: Final = "dead_letter_refused"

@@ -14,16 +14,16 @@ from gateway.telemetry.metrics import Exposition, Gauges
 if TYPE_CHECKING:
     from collections.abc import Callable, Sized
 
-    from gateway.core.books import Books
+    from gateway.core.books import Books, Tally
+    from gateway.core.progress import Progress
     from gateway.egress.producer import KafkaProducer
     from gateway.egress.spooling import Replay, SpoolWriter
     from gateway.lifecycle import Lifecycle
     from gateway.telemetry.metrics import Counters
 
 
-def shown_books(books: Books) -> dict[str, int]:
+def shown_books(totals: Tally) -> dict[str, int]:
     """The totals as the sidecar and the last line of the log give them."""
-    totals = books.totals()
     return {
         "received": totals.received,
         "delivered": totals.delivered,
@@ -32,6 +32,7 @@ def shown_books(books: Books) -> dict[str, int]:
         "spooled": totals.spooled,
         "in_flight": totals.in_flight,
         "imbalance": totals.imbalance,
+        "imbalance_bytes": totals.imbalance_bytes,
     }
 
 
@@ -50,6 +51,7 @@ class Status:
     spool_directory: str | None
     bootstrap_servers: str
     version: str
+    progress: Progress
 
     def reasons(self) -> list[str]:
         """Why the gateway is not ready; none when it is."""
@@ -65,16 +67,20 @@ class Status:
             reasons.append(f"spool_unwritable: {self.spool.fault}")
         if self.producer.missing_topics:
             reasons.append(f"topics_missing: {', '.join(self.producer.missing_topics)}")
+        if self.producer.not_authorised:
+            reasons.append(f"not_authorised: {', '.join(self.producer.not_authorised)}")
+        if not self.producer.up:
+            reasons.append("kafka_unavailable")
         elif self.producer.broken:
             reasons.append("kafka_producer_replaced")
-        elif not self.producer.up:
-            reasons.append("kafka_unavailable")
+        reasons += self.progress.reasons
         if self.producer.full:
             reasons.append("producer_queue_full")
         return reasons
 
     def details(self) -> dict[str, Any]:
         """What ``/health`` shows beside the reasons."""
+        books = self.books.summary()
         return {
             "state": self.lifecycle.state.value,
             "connections": len(self.sessions),
@@ -85,10 +91,7 @@ class Status:
                 "queue_messages": len(self.producer),
                 "queue_full": self.producer.full,
             },
-            "messages": {
-                **shown_books(self.books),
-                "unbalanced_companies": len(self.books.unbalanced_companies()),
-            },
+            "messages": {**shown_books(books.totals), "unbalanced_companies": books.unbalanced_companies},
             "spool": {
                 "directory": self.spool_directory,
                 "waiting_records": len(self.spool or ()),
@@ -97,8 +100,8 @@ class Status:
             "version": self.version,
         }
 
-    def sidecar(self) -> Sidecar:
-        """The sidecar's application."""
+    def exposition(self) -> Exposition:
+        """The page of /metrics."""
         gauges = Gauges(
             connections=lambda: len(self.sessions),
             producer_queue=lambda: len(self.producer),
@@ -108,7 +111,10 @@ class Status:
             spool_waiting=lambda: len(self.spool or ()),
             spool_ok=lambda: self.spool is None or not self.spool.fault,
         )
-        exposition = Exposition(self.counters, self.books, gauges, self.version)
+        return Exposition(self.counters, self.books, gauges, self.version)
+
+    def sidecar(self, exposition: Exposition) -> Sidecar:
+        """The sidecar's application."""
         return Sidecar(
             reasons=self.reasons,
             details=self.details,

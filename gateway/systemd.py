@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+if TYPE_CHECKING:
+    from trio_util import AsyncValue
+
+EXTEND_S: Final = 10.0
+"""Between two requests for more time, each for three times as long."""
 VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID")
 """What systemd says to one process; its children are not meant."""
 
@@ -26,6 +31,22 @@ def notify(*assignments: str) -> None:
             sock.sendto("\n".join(assignments).encode(), address)
     except OSError:
         return  # systemd decides by its own timeouts when it hears nothing
+
+
+def extension(seconds: float) -> str:
+    """The assignment that asks systemd for ``seconds`` from now for what is going on: a start, or a stop.
+
+    sd_notify(3): once the time a unit allows is over, systemd waits for as long as it is told in time.
+    """
+    return f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}"
+
+
+async def extend_start(state: AsyncValue[Any]) -> None:
+    """Keep systemd waiting while the daemon is ``starting``: Kafka may be away longer than a unit allows."""
+    while state.value == "starting":
+        notify(extension(3 * EXTEND_S))
+        with trio.move_on_after(EXTEND_S):
+            await state.wait_value(lambda value: value != "starting")
 
 
 def reloading() -> None:

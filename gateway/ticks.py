@@ -43,7 +43,7 @@ def read(path: Path) -> Generator[Tick]:
         with path.open("rb") as raw:
             packed = raw.peek(2)[:2] == b"\x1f\x8b"
             stream = gzip.GzipFile(fileobj=raw) if packed else raw
-            with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+            with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
                 yield from _parse(path, text)
     except OSError as error:
         raise BadTicks(f"{path}: {error.strerror or error}") from error

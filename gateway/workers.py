@@ -5,8 +5,9 @@ spreads connections over those that listen. It reads no client's bytes. Its side
 each, on a free port of loopback.
 
 A worker that ends without having been told to, or whose sidecar has been silent for `HUNG_S`, is started again, after a
-pause that grows while that repeats; its connections are lost, nobody else's. SIGTERM and SIGHUP go to all workers; a
-worker ends with its parent, whatever ends that.
+pause that grows while that repeats; its connections are lost, nobody else's. One that fails before it has listened for
+the first time stops the start: its fault would be there again. SIGTERM and SIGHUP go to all workers; a worker ends with
+its parent, whatever ends that, and is killed when it has not ended some seconds after `drain.timeout_s`.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
+from trio_util import AsyncValue
 
-from gateway import systemd
-from gateway.errors import StartupError
-from gateway.ingress.listener import in_url, open_listening_socket
+from gateway import config, systemd
+from gateway.errors import GatewayError, NoThread, StartupError
+from gateway.orders import Orders
 from gateway.sidecar import server, summing
 from gateway.sidecar.asgi import Sidecar
+from gateway.signals import SIGNALS, release_signals
+from gateway.sockets import in_url, open_listening_sockets
 from gateway.telemetry.logging import RateLimited
+from gateway.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,8 +54,10 @@ SILENT_S: Final = 10.0
 """A worker whose sidecar has not answered for this long does not count as ready."""
 HUNG_S: Final = 30.0
 """One that has not for this long is killed and started again, as systemd's watchdog does with a single gateway."""
-END_S: Final = 60.0
-"""How long workers may drain when the parent fails; what the systemd units allow a single gateway."""
+DRAIN_MARGIN_S: Final = 5.0
+"""How long after `drain.timeout_s` a worker that is draining may take to be gone before it is killed."""
+PARENT_POLL_S: Final = 1.0
+"""Between looks at the parent where the system has no pidfd (Linux 5.3; some sandboxes forbid it)."""
 KILLED_S: Final = 5.0
 """How long a killed worker may take to be gone."""
 
@@ -66,12 +73,16 @@ async def end_with_parent(parent: int) -> None:
         ended = os.pidfd_open(parent)
     except ProcessLookupError:
         raise StartupError("the parent of this worker is gone") from None
-    try:
-        if os.getppid() == parent:
-            await trio.lowlevel.wait_readable(ended)  # pidfd_open(2): readable when the process has terminated
-        os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        os.close(ended)
+    except (AttributeError, OSError):
+        while os.getppid() == parent:  # noqa: ASYNC110  # nothing tells it here
+            await trio.sleep(PARENT_POLL_S)
+    else:
+        try:
+            if os.getppid() == parent:
+                await trio.lowlevel.wait_readable(ended)  # pidfd_open(2): readable when the process has terminated
+        finally:
+            os.close(ended)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass
@@ -85,6 +96,9 @@ class Worker:
     ready: bool = False
     reload: bool = False
     """A SIGHUP waits until it handles signals."""
+    starts: int = 0
+    faults: list[str] = field(default_factory=list)
+    """Why it does not start, in its own words."""
     started_at: float = 0.0
     heard_at: float = 0.0
     """When its sidecar last answered, in Trio's seconds."""
@@ -92,6 +106,8 @@ class Worker:
     page: summing.Page = field(default_factory=dict)
     health: dict[str, Any] = field(default_factory=dict)
     """What its sidecar said last."""
+    complete: bool = False
+    """``page`` is what it counted by its end."""
 
 
 class Supervisor:
@@ -106,9 +122,17 @@ class Supervisor:
         *,
         version: str,
         say: Callable[[str], None],
+        orders: Orders = Orders(),  # noqa: B008  # frozen
+        load: Callable[[], Settings] | None = None,
     ) -> None:
-        """``command`` starts one worker; settings of its own are appended to it."""
+        """``command`` starts one worker, which gets ``orders`` with settings of its own; ``load`` reads them again."""
         self._settings = settings
+        self._orders = orders
+        self._load = load
+        self._starting: AsyncValue[str] = AsyncValue("starting")
+        self._unknown_fate = 0
+        self._blind_s = 0.0
+        self._past: dict[str, int] = {}
         self._command = list(command)
         self._log = log
         self._version = version
@@ -122,19 +146,23 @@ class Supervisor:
         self.failed = False
 
     async def run(self) -> None:
-        """Serve until the workers have been drained. Raises StartupError when a port cannot be had."""
+        """Serve until the workers have been drained. Raises StartupError when a port or a worker cannot be had."""
         settings = self._settings
         listen = settings.listen
-        place = open_listening_socket(listen.host, listen.port, backlog=0, reuse_port=True, listening=False)
-        self._port = place.getsockname()[1]
-        sidecar = server.open_socket(settings.sidecar.host, settings.sidecar.port)
+        places = open_listening_sockets("listen", listen.host, listen.port, backlog=0, reuse_port=True, listening=False)
+        self._port = places[0].getsockname()[1]
+        sidecar = server.open_sockets(settings.sidecar.host, settings.sidecar.port)
         limited = RateLimited(self._log.error, trio.current_time)
+        for warning in config.warnings(settings):
+            self._log.warning("settings", warning=warning)
         self._warn_of_orphans()
         async with trio.open_nursery() as services:
-            port: int = await services.start(server.run, self._sidecar_app(), sidecar, limited)
             await services.start(self._handle_signals)
+            port: int = await services.start(server.run, self._sidecar_app(), sidecar, limited)
             services.start_soon(systemd.feed_watchdog)
+            services.start_soon(systemd.extend_start, self._starting)
             services.start_soon(self._scrape)
+            services.start_soon(self._kill_late)
             scheme = "ws" if settings.tls.cert_file is None else "wss"
             self._say(f"listening on {scheme}://{in_url(listen.host)}:{self._port}{listen.path}")
             self._say(f"sidecar on http://{in_url(settings.sidecar.host)}:{port}")
@@ -144,10 +172,15 @@ class Supervisor:
                 for worker in self._workers:
                     workers.start_soon(self._keep, worker)
             services.cancel_scope.cancel()
-        place.close()
+        for place in places:
+            place.close()
+        faults = dict.fromkeys(fault for worker in self._workers for fault in worker.faults)
+        if faults:
+            raise StartupError("\n".join(faults))
 
     async def _announce(self) -> None:
         await self._all_ready.wait()
+        self._starting.value = "ready"
         systemd.notify("READY=1", f"STATUS={len(self._workers)} workers ready")
         self._say("ready")
 
@@ -155,6 +188,11 @@ class Supervisor:
         """Keep one place filled until the drain."""
         while not self._drain.is_set():
             status = await self._live(worker)
+            if isinstance(status, int) and status > 0 and worker.starts == 1 and not worker.sidecar:
+                worker.faults = worker.faults or [f"worker {worker.number} ended with status {status}"]
+                self._begin_drain()
+                return
+            worker.faults = []
             if self._drain.is_set():
                 self.failed = self.failed or (status != 0 and worker.sidecar != "")  # it had nothing to drain before
                 self._forget(worker)
@@ -169,31 +207,43 @@ class Supervisor:
                 await self._drain.wait()
 
     def _forget(self, worker: Worker) -> None:
-        """What a process said is its own, not its successor's; what it counted stays in the sum."""
+        """What a process said is its own, not its successor's; what it counted stays in the sum.
+
+        Of one that was killed only the last sample is known: what was in flight then has an unknown fate, and what it
+        counted since is not in the sum.
+        """
         self._sum.retire(worker.page)
-        worker.page, worker.health, worker.process = {}, {}, None
+        if worker.sidecar and not worker.complete:
+            self._blind_s += trio.current_time() - worker.heard_at
+        self._unknown_fate += int(summing.value(worker.page, "gateway_messages_in_flight"))
+        for name, value in worker.health.get("messages", {}).items():
+            name = "unknown_fate" if name == "in_flight" else name
+            self._past[name] = self._past.get(name, 0) + value
+        worker.page, worker.health, worker.process, worker.complete = {}, {}, None, False
         worker.sidecar, worker.ready, worker.reload = "", False, False
 
     async def _live(self, worker: Worker) -> int | str:
         """Start a worker and wait for its end; its exit status, negative for a signal, or why it did not start."""
         worker.started_at = trio.current_time()
+        worker.starts += 1
         environment = {name: value for name, value in os.environ.items() if name not in systemd.VARIABLES}
         try:
             # A group of its own: a terminal's Ctrl-C is for the parent, which tells the workers once.
             process = await trio.lowlevel.open_process(
-                [*self._command, *self._own_settings(worker)], stdout=subprocess.PIPE, env=environment, process_group=0
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
             )
-        except OSError as error:  # no memory, no process, no file for the moment
+        except (OSError, RuntimeError) as error:  # no memory, no process, no thread or no file for the moment
             return str(error)
         worker.process = process
         if self._drain.is_set():  # it was asked for before there was a process to tell
             process.send_signal(signal.SIGTERM)
         try:
+            await self._order(worker, process)
             await self._listen_to(worker, process)
             return await process.wait()
         except BaseException:
             process.terminate()  # the parent fails; the worker may drain
-            with trio.move_on_after(END_S, shield=True):
+            with trio.move_on_after(self._settings.drain.timeout_s + DRAIN_MARGIN_S, shield=True):
                 await process.wait()
             if process.returncode is None:
                 process.kill()
@@ -201,17 +251,29 @@ class Supervisor:
                     await process.wait()
             raise
 
-    def _own_settings(self, worker: Worker) -> list[str]:
-        settings = {
+    async def _order(self, worker: Worker, process: trio.Process) -> None:
+        """Tell a worker what to do."""
+        own: dict[str, Any] = {
             "listen.port": self._port,
-            "listen.reuse_port": "true",
+            "listen.reuse_port": True,
             "sidecar.host": "127.0.0.1",
             "sidecar.port": 0,
             "kafka.bootstrap_servers": self._settings.kafka.bootstrap_servers,
         }
         if self._settings.spool.directory is not None:
-            settings["spool.directory"] = str(self._spool_of(worker.number).absolute())
-        return ["--parent", str(os.getpid()), *(f"--set={name}={value}" for name, value in settings.items())]
+            own["spool.directory"] = str(self._spool_of(worker.number).absolute())
+        orders = replace(
+            self._orders,
+            flags={**self._orders.flags, **own},
+            settings=_with(config.dump(self._settings), own),
+            parent=os.getpid(),
+        )
+        assert process.stdin is not None  # noqa: S101  # it was asked for
+        async with process.stdin as stdin:
+            try:
+                await stdin.send_all(orders.encode())
+            except trio.BrokenResourceError:
+                return  # it has ended already, and says why
 
     def _spool_of(self, number: int) -> Path:
         return Path(self._settings.spool.directory or "") / f"worker-{number}"
@@ -242,7 +304,12 @@ class Supervisor:
                     self._heard(worker, line.decode(errors="replace").removeprefix("gateway: "))
 
     def _heard(self, worker: Worker, line: str) -> None:
-        if line.startswith("sidecar on "):
+        if line.startswith("fault: "):
+            worker.faults.append(line.removeprefix("fault: "))
+        elif line.startswith("counted: "):
+            worker.page = summing.parse(json.loads(line.removeprefix("counted: ")))
+            worker.complete = True
+        elif line.startswith("sidecar on "):
             worker.sidecar = line.removeprefix("sidecar on ")
             worker.heard_at = trio.current_time()
             if worker.reload and worker.process is not None:
@@ -255,22 +322,55 @@ class Supervisor:
                 self._all_ready.set()
 
     async def _handle_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*SIGNALS) as signals:
+            release_signals()
             task_status.started()
             async for number in signals:
-                if number != signal.SIGHUP and not self._drain.is_set():
-                    self._drain.set()
-                    systemd.notify("STOPPING=1", "STATUS=draining")
-                    self._log.info("draining", workers=len(self._workers))
+                if number != signal.SIGHUP:
+                    self._begin_drain()
+                    continue
+                self._reload()
                 for worker in self._workers:
-                    if worker.process is None:
-                        continue
-                    if number != signal.SIGHUP:
-                        worker.process.send_signal(signal.SIGTERM)
-                    elif worker.sidecar:
+                    if worker.process is not None and worker.sidecar:
                         worker.process.send_signal(signal.SIGHUP)
                     else:
-                        worker.reload = True
+                        worker.reload = worker.process is not None
+
+    def _begin_drain(self) -> None:
+        """Let all workers drain; called again, each cuts its drain short."""
+        if not self._drain.is_set():
+            self._drain.set()
+            self._starting.value = "draining"
+            timeout_s = self._settings.drain.timeout_s + DRAIN_MARGIN_S + KILLED_S
+            systemd.notify("STOPPING=1", "STATUS=draining", systemd.extension(timeout_s))
+            self._log.info("draining", workers=len(self._workers))
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.send_signal(signal.SIGTERM)
+
+    def _reload(self) -> None:
+        """Read the settings again, for workers that are started from now on. A fault leaves the old ones.
+
+        The workers that run read them for themselves, and say what they think of them.
+        """
+        if self._load is None:
+            return
+        try:
+            settings = self._load()
+        except GatewayError as error:
+            self._log.error("reload failed, the old settings stay", faults=str(error).splitlines())
+            return
+        update = {name: getattr(settings, name) for name in ("routes", "auth", "tls", "log")}
+        self._settings = self._settings.model_copy(update=update)
+
+    async def _kill_late(self) -> None:
+        """Kill the workers that are still there when a drain must be over."""
+        await self._drain.wait()
+        await trio.sleep(self._settings.drain.timeout_s + DRAIN_MARGIN_S)
+        for worker in self._workers:
+            if worker.process is not None and worker.process.returncode is None:
+                self._log.error("worker did not end in time, killed", worker=worker.number)
+                worker.process.kill()
 
     # The sidecar
 
@@ -286,10 +386,13 @@ class Supervisor:
 
     async def _read(self, worker: Worker, process: trio.Process) -> None:
         try:
-            health, page = await trio.to_thread.run_sync(_fetch, worker.sidecar, abandon_on_cancel=True)
+            health, page = await in_thread(_fetch, worker.sidecar, abandon_on_cancel=True)
+        except NoThread:
+            worker.heard_at = trio.current_time()  # this process cannot ask: nobody is to be killed for that
+            return
         except (OSError, ValueError, http.client.HTTPException):
             return  # it is starting or ending; what it said last counts
-        if worker.process is process:
+        if worker.process is process and not worker.complete:
             worker.health, worker.page, worker.heard_at = health, page, trio.current_time()
 
     def _kill_hung(self) -> None:
@@ -314,7 +417,7 @@ class Supervisor:
         ]
 
     def _details(self) -> dict[str, Any]:
-        sums: dict[str, int] = {}
+        sums = dict(self._past)
         for worker in self._workers:
             for name, value in worker.health.get("messages", {}).items():
                 sums[name] = sums.get(name, 0) + value
@@ -339,6 +442,18 @@ class Supervisor:
         own = (
             ("gateway_workers", "gauge", "Worker processes that run.", float(running)),
             ("gateway_worker_restarts", "counter", "Workers started again.", float(self._restarts)),
+            (
+                "gateway_messages_unknown_fate",
+                "counter",
+                "In flight in a worker when it was last heard of before it was killed.",
+                float(self._unknown_fate),
+            ),
+            (
+                "gateway_worker_unsampled_seconds",
+                "counter",
+                "Between killed workers' last samples and their ends: what they counted then is not in the sum.",
+                self._blind_s,
+            ),
         )
         return self._sum.text((worker.page for worker in self._workers), own)
 
@@ -349,6 +464,15 @@ class Supervisor:
             metrics=self._metrics,
             version={"gateway": self._version, "python": sys.version.split()[0]},
         )
+
+
+def _with(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Dumped settings with dotted ones over them."""
+    found = {section: dict(values) for section, values in settings.items()}
+    for name, value in own.items():
+        section, _, key = name.partition(".")
+        found[section][key] = value
+    return found
 
 
 def _fetch(sidecar: str) -> tuple[dict[str, Any], summing.Page]:

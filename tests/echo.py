@@ -11,14 +11,16 @@ import sys
 import trio
 
 from gateway.core.admission import AddressRate, Admission
+from gateway.core.origins import OriginRules
 from gateway.core.principal import Principal, TokenRules
 from gateway.ingress import frames
 from gateway.ingress.connection import Connection, ConnectionLimits
 from gateway.ingress.frames import Item
 from gateway.ingress.handshake import Admitted, Handshake, _check_upgrade, accept_key
-from gateway.ingress.listener import Listener, open_listening_socket
+from gateway.ingress.listener import Listener
 from gateway.ingress.readiness import Readiness
 from gateway.ingress.request import Request
+from gateway.sockets import open_listening_sockets
 from gateway.telemetry.logging import RateLimited
 from gateway.telemetry.metrics import Counters
 
@@ -55,7 +57,7 @@ class EchoConnection(Connection):
 class Anybody(Handshake):
     """The handshake without tokens."""
 
-    def decide(self, request: Request, address: str) -> Admitted:
+    def decide(self, request: Request) -> Admitted:
         """Accept every upgrade."""
         return Admitted(
             Principal("echo", "", "free", 0.0),
@@ -84,10 +86,10 @@ async def serve(port: int, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_
     readiness = Readiness()
     quiet = RateLimited(lambda *_, **__: None, trio.current_time)
     listener = Listener(
-        open_listening_socket("127.0.0.1", port, backlog=128, reuse_port=False),
+        open_listening_sockets("listen", "127.0.0.1", port, backlog=128),
         handshake=Anybody(
             path="/",
-            allowed_origins=frozenset(),
+            origins=OriginRules(),
             allow_query_token=False,
             rules=TokenRules((), ""),
             admission=Admission(1000, AddressRate(0, 1)),

@@ -63,7 +63,7 @@ def test_flags_win_over_environment_wins_over_file(toml: Path, monkeypatch: pyte
     assert settings.kafka.properties == {"linger.ms": 9}
 
 
-@pytest.mark.parametrize("name", ["GATEWAY_LISTEM__PORT", "GATEWAY_LISTEN__PROT", "GATEWAY_PORT"])
+@pytest.mark.parametrize("name", ["GATEWAY_LISTEM__PORT", "GATEWAY_LISTEN__PROT", "GATEWAY_PORT__LISTEN"])
 def test_unknown_environment_names_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("GATEWAY_AUTH__SECRET", SECRET)
     monkeypatch.setenv(name, "1")

@@ -5,6 +5,7 @@ Later rules (tenant limits, bans) belong here too: each is asked with the time a
 
 from __future__ import annotations
 
+import ipaddress
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,19 @@ if TYPE_CHECKING:
 
 MAX_ADDRESSES: Final = 65_536
 """Addresses remembered, about 200 bytes each. When full, the one that was quiet longest is forgotten."""
+
+
+def network(address: str) -> str:
+    """What counts as one address: an IPv4 address, or the /64 that an IPv6 host or site has to itself (RFC 6177 2)."""
+    if ":" not in address:
+        return address
+    try:
+        found = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.IPv6Address(int(found) >> 64 << 64)) + "/64"
 
 
 class AddressRate:
@@ -40,7 +54,7 @@ class AddressRate:
 
 
 class Admission:
-    """Asked before any cryptography; ``closed`` holds the refusal while nobody may come in."""
+    """``closed`` holds the refusal while nobody may come in."""
 
     def __init__(self, max_connections: int, addresses: AddressRate) -> None:
         self._max = max_connections
@@ -48,13 +62,20 @@ class Admission:
         self.connections = 0
         self.closed: Refusal | None = refusals.STARTING
 
-    def check(self, address: str, now: float) -> None:
-        """Raise Refused unless ``address`` may try now (``now`` in seconds of any steady clock)."""
+    def knock(self, address: str, now: float) -> None:
+        """Raise Refused unless ``address`` (as `network` gives it) may try now, before anything is read or encrypted.
+
+        ``now`` is in seconds of any steady clock. While nobody may come in anyway, nothing is counted.
+        """
+        if self.closed is None:
+            wait_s = self._addresses.spend(address, now)
+            if wait_s:
+                raise Refused(refusals.TOO_MANY_ATTEMPTS, retry_after_s=max(1, round(wait_s + 0.5)))
+
+    def check(self) -> None:
+        """Raise Refused unless somebody may come in now; asked before the token is looked at."""
         if self.closed is not None:
             raise Refused(self.closed)
-        wait_s = self._addresses.spend(address, now)
-        if wait_s:
-            raise Refused(refusals.TOO_MANY_ATTEMPTS, retry_after_s=max(1, round(wait_s + 0.5)))
         if self.connections >= self._max:
             raise Refused(refusals.AT_CAPACITY)
 

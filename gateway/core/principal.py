@@ -2,7 +2,7 @@
 
 The algorithms are the configured list, never the token's choice: a key is bound to its algorithms when it is
 loaded, a token's ``alg`` only selects among them (RFC 8725 3.1). Nothing in the header is fetched: ``jku``,
-``x5u`` and ``jwk`` are ignored, ``kid`` is compared with the keys at hand, ``crit`` is refused.
+``x5u`` and ``jwk`` are ignored, ``kid`` is compared with the names of the keys at hand, ``crit`` is refused.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TokenRules:
             raise InvalidToken("too_long")
         if not _TOKEN.match(token):
             raise InvalidToken("not_a_jwt")
-        claims = self._verify(token, _read_header(token))
+        claims = self._verify(token, _read_object(token.partition(".")[0], "bad_header", "repeated_header"))
         expires_at = self._check_claims(claims, now)
         return _principal(claims, expires_at, now - self.leeway_s)
 
@@ -103,9 +103,11 @@ class TokenRules:
             raise InvalidToken("bad_algorithm")
         if "crit" in header:
             raise InvalidToken("unknown_crit")  # RFC 7515 4.1.11: none is understood here
+        if "b64" in header:
+            raise InvalidToken("unencoded_payload")  # RFC 7797 3 and 6: needs crit, and no JWT has it
         if "kid" in header and not isinstance(kid, str):
             raise InvalidToken("bad_kid")
-        candidates = [key for key in self.keys if key.algorithm == algorithm and (kid is None or key.kid == kid)]
+        candidates = [key for key in self.keys if key.algorithm == algorithm and _may_be(key.kid, kid)]
         if not candidates:
             raise InvalidToken("no_key")
         signed, _, signature = token.rpartition(".")
@@ -113,12 +115,9 @@ class TokenRules:
         try:
             if not any(verify(signed.encode(), key.key, _base64url(signature)) for key in candidates):
                 raise InvalidToken("bad_signature")
-            claims = json.loads(_base64url(signed.partition(".")[2]))
-        except (ValueError, RecursionError):
+        except ValueError:
             raise InvalidToken("malformed") from None
-        if not isinstance(claims, dict):
-            raise InvalidToken("malformed")
-        return claims
+        return _read_object(signed.partition(".")[2], "malformed", "repeated_claim")
 
     def _check_claims(self, claims: dict[str, Any], now: float) -> float:
         """Check issuer, audience and times (RFC 7519 4.1); return ``exp``."""
@@ -134,6 +133,8 @@ class TokenRules:
             raise InvalidToken("no_exp")
         if expires_at + self.leeway_s <= now:
             raise InvalidToken("expired")
+        if "iat" not in claims:
+            raise InvalidToken("no_iat")
         for name in ("nbf", "iat"):
             value = _numeric_date(claims, name)
             if value is not None and value - self.leeway_s > now:
@@ -157,22 +158,34 @@ def _numeric_date(claims: dict[str, Any], name: str) -> float | None:
     return number
 
 
+def _may_be(key_kid: str | None, kid: str | None) -> bool:
+    """Whether a key may have signed a token: one without a name any token, one with a name those that do not name
+    another (RFC 7515 4.1.4: ``kid`` is a hint)."""
+    return key_kid is None or kid is None or key_kid == kid
+
+
+class _Repeated(ValueError):
+    """A JSON object with the same name twice, which parsers disagree about (RFC 7519 4, RFC 8259 4)."""
+
+
 def _no_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    header = dict(pairs)
-    if len(header) != len(pairs):
-        raise InvalidToken("repeated_header")
-    return header
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Repeated
+    return found
 
 
-def _read_header(token: str) -> dict[str, Any]:
-    segment = token.partition(".")[0]
+def _read_object(segment: str, malformed: str, repeated: str) -> dict[str, Any]:
+    """The JSON object in a token's segment: UTF-8 and nothing else (RFC 7519 7.1). Raises InvalidToken."""
     try:
-        header = json.loads(_base64url(segment), object_pairs_hook=_no_repeats)
+        found = json.loads(_base64url(segment).decode(), object_pairs_hook=_no_repeats)
+    except _Repeated:
+        raise InvalidToken(repeated) from None
     except (ValueError, RecursionError):
-        raise InvalidToken("bad_header") from None
-    if not isinstance(header, dict):
-        raise InvalidToken("bad_header")
-    return header
+        raise InvalidToken(malformed) from None
+    if not isinstance(found, dict):
+        raise InvalidToken(malformed)
+    return found
 
 
 def _base64url(text: str) -> bytes:

@@ -17,13 +17,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import trio
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaException
 from google.protobuf.message import DecodeError
 
 from gateway import refusals
 from gateway.core.books import UNKNOWN_TYPE
 from gateway.core.ports import QueueFull
 from gateway.egress.deadletter import headers
+from gateway.egress.failures import Fault, fault_of, may_be_written, refuses_record
 from gateway.egress.inflight import SAMPLE_MASK, Lane, Report
 from gateway.egress.spool import Record
 from gateway.egress.spooling import SpooledOrigin
@@ -39,21 +40,6 @@ if TYPE_CHECKING:
     from gateway.egress.spooling import SpoolWriter
     from gateway.telemetry.logging import RateLimited
     from gateway.telemetry.metrics import Counters
-
-_PURGED: Final = (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT)  # their public spelling
-_BROKEN: Final = frozenset(
-    {
-        KafkaError._FATAL,
-        KafkaError._FENCED,
-        KafkaError._MSG_TIMED_OUT,
-        KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER,
-        KafkaError.UNKNOWN_PRODUCER_ID,
-        KafkaError.INVALID_PRODUCER_EPOCH,
-        KafkaError.PRODUCER_FENCED,
-    }
-)
-"""Not the record's fault: the producer that sent it can send nothing more, or has left a gap in its sequence
-(librdkafka, INTRODUCTION.md, idempotent producer)."""
 
 GIVE_UP_RECORDS: Final = 1000
 """Messages given up between two chances for other tasks."""
@@ -93,6 +79,8 @@ class Delivery:
         self._log_refused = log_refused
         self._spool = spool
         self._given_up = False
+        self._gave_up = False
+        """`give_up` is done: what is reported now comes too late for it."""
         self.next_number = itertools.count(1).__next__
         self._returned: dict[Lane, None] = {}
         self._handed_back: list[_Onward] = []
@@ -171,6 +159,7 @@ class Delivery:
             for _ in range(min(len(self._deferred), GIVE_UP_RECORDS)):
                 self._deferred.popleft().go()
             await trio.lowlevel.checkpoint()
+        self._gave_up = True
 
     # Kafka's reports
 
@@ -179,24 +168,42 @@ class Delivery:
         if latency_s is not None:
             self._counters.delivery_s.observe(latency_s, SAMPLE_MASK + 1)
 
-    def hands_back(self, error: Any) -> bool:
-        """Whether a failure is not the record's: it is to be queued again, or given up."""
-        code = error.code()
-        if code in _BROKEN:
-            self._producer.note_broken(error.str())
-        return self._given_up or bool(self._producer.broken) or code in _PURGED
+    def hands_back(self, error: Any, message: Any) -> bool:
+        """Whether a failure is not the record's: it is to be queued again, or given up.
+
+        Once the drain has given up, late reports are not gathered: each goes on at once.
+        """
+        fault, final = fault_of(error.code()), refuses_record(error.code())
+        if fault is Fault.BATCH and self._producer.sends_alone(len(message.value() or b"")):
+            fault, final = Fault.RECORD, True
+        if fault is not Fault.RECORD and fault is not Fault.PURGED:
+            self._producer.note_fault(fault, error, message.topic() or "")
+        if self._gave_up:
+            return False
+        return self._given_up or fault is not Fault.RECORD or (bool(self._producer.broken) and not final)
 
     def note_returned(self, lane: Lane) -> None:
-        """``lane`` has got records back."""
+        """``lane`` has got a record back."""
         self._returned[lane] = None
+        self._producer.count_failure()
+
+    def note_dead_lettered(self, report: Report) -> None:
+        """The dead-letter topic has a message."""
+        assert report.headers is not None  # noqa: S101  # the caller's case
+        reason = dict(report.headers).get("reason", b"").decode(errors="replace")
+        counts = self._counters.dead_letters
+        counts[reason if reason in counts else refusals.REASON_OTHER] += 1
 
     def failed(self, report: Report, error: Any, message: Any) -> None:
         """A record will not get through: find its next place."""
         topic = message.topic()
-        if self.hands_back(error):
-            self._hand_back(report, topic, message.value() or b"", error.code() != KafkaError._PURGE_QUEUE)
+        if self.hands_back(error, message):
+            self._hand_back(report, topic, message.value() or b"", may_be_written(error.code()))
+        elif self._gave_up:
+            self._put_aside(report, topic, message.value() or b"", may_be_written(error.code()))
         else:
             self._refused(report, topic, error)
+        self._producer.count_failure()
 
     def _hand_back(self, report: Report, topic: str, value: bytes, uncertain: bool) -> None:
         self._handed_back.append(_Onward(report, topic, partial(self._produce, report, topic, value, uncertain)))
@@ -223,7 +230,9 @@ class Delivery:
         if self._given_up:
             self._put_aside(report, topic, value, uncertain)
         else:
-            self._queue(report.origin, topic, value, report.on_delivery, report.headers, report.received_at_ms)
+            # A dead letter's CreateTime is now, or brokers that are strict about it would refuse it for ever.
+            received_at_ms = report.received_at_ms if report.headers is None else 0
+            self._queue(report.origin, topic, value, report.on_delivery, report.headers, received_at_ms)
 
     def _queue(
         self,
@@ -242,8 +251,9 @@ class Delivery:
             self._producer.note_full()
             raise QueueFull from None
         except KafkaException as error:
-            if error.args[0].code() in _BROKEN:
-                self._producer.note_broken(error.args[0].str())
+            fault = fault_of(error.args[0].code())
+            if fault in (Fault.PRODUCER, Fault.TOPIC):
+                self._producer.note_fault(fault, error.args[0], topic)
                 raise QueueFull from None
             raise
 
@@ -259,7 +269,7 @@ class Delivery:
             self._dead_letter_refused(report, error.args[0].str())
             if self._spool is None:
                 return
-        self._counters.dead_letters[reason] += 1
+        self._counters.dead_letter_attempts[reason] += 1
         origin.note_rejected(reason, report.index)
 
     def _dead_letter_refused(self, report: Report, error: str) -> None:
@@ -324,6 +334,7 @@ class Delivery:
     def _count_spooled(self, report: Report, reason: str) -> None:
         tally = report.tally
         tally.in_flight -= 1
+        tally.in_flight_bytes -= report.size
         tally.spooled += 1
         tally.spooled_bytes += report.size
         self._counters.spooled[reason] += 1
@@ -332,6 +343,7 @@ class Delivery:
         """Count a message as dropped. It counts as in flight before, or is about to be counted by the caller."""
         tally = report.tally
         tally.in_flight -= 1
+        tally.in_flight_bytes -= report.size
         tally.dropped += 1
         tally.dropped_bytes += report.size
         self._counters.drops[reason] += 1
@@ -376,3 +388,4 @@ def _count_received(tally: Tally, raw: bytes) -> None:
     tally.received += 1
     tally.received_bytes += len(raw)
     tally.in_flight += 1
+    tally.in_flight_bytes += len(raw)

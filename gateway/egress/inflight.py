@@ -15,7 +15,7 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from confluent_kafka import KafkaError
+from gateway.egress.failures import may_be_written
 
 if TYPE_CHECKING:
     from gateway.core.books import Tally
@@ -67,16 +67,18 @@ class Report:
             self.received_at_ms = self.received_at_ms or received_at_ms(message)
             self._delivery.failed(self, error, message)
             return
-        tally = self.tally
+        tally, size = self.tally, self.size
         tally.in_flight -= 1
+        tally.in_flight_bytes -= size
         if self.headers is None:
             tally.delivered += 1
-            tally.delivered_bytes += len(message)
+            tally.delivered_bytes += size
             if not tally.delivered & SAMPLE_MASK:
                 self._delivery.observe(message.latency())
         else:
             tally.dead_lettered += 1
-            tally.dead_lettered_bytes += self.size
+            tally.dead_lettered_bytes += size
+            self._delivery.note_dead_lettered(self)
         self.origin.settle(self.index)
 
     @property
@@ -150,10 +152,12 @@ class Lane:
         # be a call more for each message. The comparison makes sure whose report it is, at 60 ns.
         if error is None and waiting and waiting[0] == message.value():
             waiting.popleft()
+            size = len(message)
             tally = self.tally
             tally.in_flight -= 1
+            tally.in_flight_bytes -= size
             tally.delivered += 1
-            tally.delivered_bytes += len(message)
+            tally.delivered_bytes += size
             if not tally.delivered & SAMPLE_MASK:
                 self._delivery.observe(message.latency())
             if self.indices is not None:
@@ -163,10 +167,10 @@ class Lane:
 
     def _reported(self, error: Any, message: Any) -> None:
         """A report on a stamped record, a failure, or one out of order: a topic has got more partitions."""
-        if error is not None and self._delivery.hands_back(error):
+        if error is not None and self._delivery.hands_back(error, message):
             # Which record it is does not matter: all of them come back, and in another order (`take_back`).
             self._returned_at_ms.append(received_at_ms(message))
-            self._uncertain += error.code() != KafkaError._PURGE_QUEUE
+            self._uncertain += may_be_written(error.code())
             self._delivery.note_returned(self)
         else:
             self._take(message.value()).on_delivery(error, message)

@@ -1,12 +1,15 @@
 """confluent-kafka's producer: its settings, its polling, and what it knows of the cluster.
 
-States, seen from outside: not reached (no broker has answered for the topics yet), reached, and from then on
-``up`` or not, as librdkafka's statistics say. ``full`` is independent of it: from a BufferError until a quarter of
-what was queued then has gone.
+States, seen from outside: not reached (no broker has answered for the topics yet), reached, and from then on ``up`` or
+not. A broker that closes an idle connection does not make it less ``up``: when all connections are gone the cluster is
+asked (`_watch`), and only no answer counts. ``full`` is independent of it: from a BufferError until a quarter of what
+was queued then has gone.
 
-An idempotent producer can fail for good (fenced, out of sequence), or wait for ever for a producer id. It is
+An idempotent producer can fail for good (fenced, out of sequence), or wait for ever for a producer id; a batch can be
+too large for its topic, or be refused for one of its records; a topic can be gone, or closed to the gateway. It is
 ``broken`` then, until another one has taken its place (`_renew`): the old one is purged, its reports hand everything it
-held back to `Delivery` in order, and that queues it again. What was under way may then be in Kafka twice.
+held back to `Delivery` in order, and that queues it again, once all topics are there. What was under way may then be in
+Kafka twice.
 
 Delivery reports are read by one task calling ``poll(0)`` on the Trio thread, so everything they touch lives on one
 thread and needs no lock.
@@ -14,8 +17,8 @@ thread and needs no lock.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +26,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import ConfigResource
 
-from gateway.errors import StartupError
+from gateway.egress.failures import NOT_AUTHORISED, Fault
+from gateway.errors import NoThread, StartupError
+from gateway.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +47,20 @@ ROOM_AGAIN: Final = 0.75
 """A full queue has room again when it has shrunk to this share: not a pause for every record."""
 METADATA_TIMEOUT_S: Final = 3.0
 PURGE_TIMEOUT_S: Final = 2.0
-STATISTICS_INTERVAL_MS: Final = 1000
+PROBE_TIMEOUT_S: Final = 2.0
+PROBE_PAUSE_S: Final = 1.0
+"""Between asking a cluster that did not answer."""
+STATISTICS_INTERVAL_MS: Final = 5000
+"""Only for `STUCK_MS`: with thousands of partitions one document is megabytes long."""
+LIMITS_TIMEOUT_S: Final = 3.0
+BATCH_OVERHEAD_BYTES: Final = 512
+"""Kept free of a topic's max.message.bytes: the record batch's header (61 bytes, Kafka protocol guide) and room."""
+SHRINK: Final = 8
+"""By how much batches shrink at a time where the topic's limit cannot be asked for."""
+PROBATION_S: Final = 5.0
+"""How long a topic that refused the gateway is still named after another producer has taken over."""
+REPORTS_AT_ONCE: Final = 1000
+"""Failed records handled in one `poll`, some 5 ms: a purge reports hundreds of thousands."""
 STUCK_MS: Final = 30_000
 """An idempotent producer that is connected and has waited this long for its producer id is given up."""
 RENEW_PAUSE_S: Final = 1.0
@@ -62,26 +82,57 @@ PROPERTIES: Final[Mapping[str, str | int | float | bool]] = {
     "reconnect.backoff.max.ms": 1000,
     "retry.backoff.max.ms": 500,
     "socket.keepalive.enable": True,
+    "batch.size": 1_000_000,
+    # Asking for a topic must not make it: whoever runs the cluster decides on partitions and replicas.
+    "allow.auto.create.topics": False,
     "statistics.interval.ms": STATISTICS_INTERVAL_MS,
     "log_level": 4,
 }
 """librdkafka settings unless the operator says otherwise in ``[kafka.properties]``."""
 
-OWN_PROPERTIES: Final = frozenset(
+_ORDER: Final = "order and no duplicates rest on an idempotent producer that tries for ever"
+_OWN_SETTING: Final = "kafka.%s sets it"
+_REPORTS: Final = "the books and the acks rest on its reports"
+OWN_PROPERTIES: Final[Mapping[str, str]] = {
+    "bootstrap.servers": _OWN_SETTING % "bootstrap_servers",
+    "metadata.broker.list": _OWN_SETTING % "bootstrap_servers",
+    "queue.buffering.max.messages": _OWN_SETTING % "max_queued_messages",
+    "queue.buffering.max.kbytes": _OWN_SETTING % "max_queued_bytes",
+    "enable.idempotence": _ORDER,
+    "acks": "an ack means that all replicas in sync have the message",
+    "request.required.acks": "an ack means that all replicas in sync have the message",
+    "message.timeout.ms": _ORDER,
+    "delivery.timeout.ms": _ORDER,
+    "retries": _ORDER,
+    "message.send.max.retries": _ORDER,
+    "queuing.strategy": _ORDER,
+    "api.version.request": _ORDER,
+    "transactional.id": "nothing is sent in transactions, so nothing would be sent at all",
+    "enable.gapless.guarantee": "one record that Kafka refuses would end the producer",
+    "partitioner": "records are placed as the Java client places them",
+    "delivery.report.only.error": _REPORTS,
+    "enabled_events": _REPORTS,
+    "statistics.interval.ms": "a producer that is stuck is found by it",
+    "allow.auto.create.topics": "a topic that is missing is named, never made",
+    "topic.blacklist": "a topic that is there would be called missing",
+    "internal.termination.signal": "signals belong to the daemon",
+    "test.mock.num.brokers": "messages would go to a mock, not to Kafka",
+    "test.mock.broker.rtt": "messages would go to a mock, not to Kafka",
+    "ut_handle_ProduceResponse": "it is a hook of librdkafka's own tests",
+    "default.topic.config": "topic properties stand beside the others",
+}
+"""What ``[kafka.properties]`` may not change, aliases included, and the promise that would break."""
+
+_NO_CONNECTION: Final = frozenset(
     {
-        "bootstrap.servers",
-        "enable.idempotence",
-        "acks",
-        "partitioner",
-        "message.timeout.ms",
-        "delivery.timeout.ms",
-        "queue.buffering.max.messages",
-        "queue.buffering.max.kbytes",
-        "statistics.interval.ms",
-        "delivery.report.only.error",
+        KafkaError._ALL_BROKERS_DOWN,  # their public spelling
+        KafkaError._TRANSPORT,
+        KafkaError._RESOLVE,
+        KafkaError._TIMED_OUT,
     }
 )
-"""What the gateway's promises rest on and ``[kafka.properties]`` may not change."""
+_ADMIN_PROPERTIES: Final = re.compile(r"(security|sasl|ssl|enable\.ssl|client|broker|socket|https)\b")
+_IDEMPOTENCE: Final = re.compile(r'"idemp_state": ?"(\w+)", ?"idemp_stateage": ?(\d+)')
 
 Produce = Callable[[str, bytes, bytes, int, Callable[[Any, Any], None]], None]
 
@@ -102,6 +153,15 @@ class KafkaProducer:
         log: Log,
     ) -> None:
         """Raises StartupError for a property librdkafka does not take."""
+        self._topics: list[str] = []
+        self.not_authorised: tuple[str, ...] = ()
+        """Topics that may not be written to, or asked about."""
+        self._not_authorised_until = math.inf
+        self._topics_doubtful = False
+        self._limits_wanted = False
+        self._suspicion = trio.Event()
+        self._said_unreachable = False
+        self._failures = 0
         self._counters = counters
         self._log = log
         self.reached = False
@@ -127,18 +187,14 @@ class KafkaProducer:
         Raises BufferError while the producer is broken and until what it held is queued again."""
 
     def _open(self) -> Producer:
-        try:
-            return Producer(
-                {
-                    **self._properties,
-                    "error_cb": self._on_error,
-                    "stats_cb": self._on_statistics,
-                    "logger": _RdkafkaLog(self._log),
-                }
-            )
-        except (KafkaException, ValueError, TypeError) as error:
-            reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
-            raise StartupError(f"kafka.properties: librdkafka refuses the settings: {reason}") from error
+        return open_producer(
+            {
+                **self._properties,
+                "error_cb": self._on_error,
+                "stats_cb": self._on_statistics,
+                "logger": _RdkafkaLog(self._log),
+            }
+        )
 
     def __len__(self) -> int:
         """Records not confirmed yet, reports not yet read included, and librdkafka's own events until the next `poll`.
@@ -182,26 +238,52 @@ class KafkaProducer:
             self.full = True
             self._counters.pauses += 1
 
-    def note_broken(self, reason: str) -> None:
-        """The producer can never send again; `run` replaces it. Until `on_room` nothing may be produced."""
-        self.up = False
+    def sends_alone(self, size: int) -> bool:
+        """Whether a record with a value of ``size`` bytes had its batch for itself."""
+        return size > int(self._properties["batch.size"]) or int(self._properties["batch.size"]) == 1
+
+    def note_fault(self, fault: Fault, error: KafkaError, topic: str) -> None:
+        """A record for ``topic`` failed for ``fault``, which is not its own: another producer must take over."""
+        if fault is Fault.TOPIC:
+            self._topics_doubtful = True
+            if error.code() in NOT_AUTHORISED:
+                self.not_authorised = tuple(sorted({*self.not_authorised, topic}))
+                self._not_authorised_until = math.inf
+        if fault is Fault.BATCH:
+            self._limits_wanted = True
+        self.note_broken(error.str(), fault)
+
+    def note_broken(self, reason: str, fault: Fault = Fault.PRODUCER) -> None:
+        """The producer is to be replaced; `run` does it. Until `on_room` nothing may be produced."""
         if not self.broken:
             self.broken = reason
             self.produce = _no_room
             self.full = True
             self._room_at = sys.maxsize
-            self._log.error("the producer failed for good", error=reason, remedy="another one takes its place")
+            self._log.error("another producer is needed", error=reason, fault=fault.value)
             self.on_broken()
 
-    def poll(self) -> None:
-        """Read the delivery reports that are there, and say so if a full queue has room again.
+    def count_failure(self) -> None:
+        """A failed record has been handled. Raises in between, so that a poll with many of them ends for now."""
+        self._failures += 1
+        if self._failures >= REPORTS_AT_ONCE:
+            self._failures = 0
+            raise _EnoughForNow
 
-        confluent-kafka raises a fatal error of the idempotent producer from here instead of reporting it.
+    def poll(self) -> None:
+        """Read delivery reports, and say so if a full queue has room again.
+
+        All those that are there, but no more than `REPORTS_AT_ONCE` failures. confluent-kafka raises a fatal error of
+        the idempotent producer from here instead of reporting it, and whatever a callback raised.
         """
         try:
             self._producer.poll(0)
+        except _EnoughForNow:
+            return
         except KafkaException as error:
             self.note_broken(error.args[0].str())
+        except Exception as error:  # the barrier around each report
+            self._log.error("handling a report failed", exc_info=error)
         crowded = self.after_poll()
         if self.full and not self.broken and not crowded and len(self._producer) <= self._room_at:
             self.full = False
@@ -212,16 +294,21 @@ class KafkaProducer:
     async def run(self) -> None:
         """Poll, and replace a broken producer, until cancelled."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch)
             while True:
                 self.poll()
                 if self.broken:
                     await self._renew(nursery)
+                if trio.current_time() >= self._not_authorised_until:
+                    self.not_authorised, self._not_authorised_until = (), math.inf
                 await trio.sleep(POLL_BUSY_S if len(self._producer) else POLL_QUIET_S)
 
     async def _renew(self, nursery: trio.Nursery) -> None:
         """Put another producer in the place of the broken one; everything that one held has been reported by then."""
-        self._producer.purge()  # at once: after INVALID_PRODUCER_EPOCH librdkafka goes on sending what is queued
-        if trio.current_time() - self._renewed_at < MAX_RENEW_PAUSE_S:
+        self._purge()  # at once: after INVALID_PRODUCER_EPOCH librdkafka goes on sending what is queued
+        if self._limits_wanted:
+            await self._shrink_batches()
+        elif trio.current_time() - self._renewed_at < MAX_RENEW_PAUSE_S:
             await self._poll_for(self._renew_pause_s)
             self._renew_pause_s = min(MAX_RENEW_PAUSE_S, self._renew_pause_s * 2)
         else:
@@ -234,13 +321,100 @@ class KafkaProducer:
         except StartupError as error:  # a file that the properties name is being replaced, say
             self._log.error("no other producer", error=str(error), remedy="tried again soon")
             return
-        old = [self._producer]
-        self._producer = another
+        await self._discard(another, nursery)
+        while self._topics_doubtful and self._topics and not await self.check_topics(self._topics):
+            await self._poll_for(PROBE_PAUSE_S)
+        self._topics_doubtful = False
+        if self.not_authorised:
+            self._not_authorised_until = trio.current_time() + PROBATION_S
         self.broken = ""
         self._counters.renewals += 1
         self._log.warning("another producer has taken over")
-        # Joins librdkafka's threads, which may hang in a name lookup.
-        nursery.start_soon(partial(trio.to_thread.run_sync, old.clear, abandon_on_cancel=True))
+
+    async def _discard(self, another: Producer, nursery: trio.Nursery) -> None:
+        """Put ``another`` in the old producer's place."""
+        old = [self._producer]
+        self._producer = another
+
+        async def let_go() -> None:
+            try:
+                # Joins librdkafka's threads, which may hang in a name lookup.
+                await in_thread(old.clear, abandon_on_cancel=True)
+            except NoThread:
+                self._log.warning("a producer that was replaced is kept", remedy="allow the process more threads")
+
+        nursery.start_soon(let_go)
+
+    def _purge(self) -> None:
+        """Give up on all records; their reports come at the next polls. Waits for none of librdkafka's threads."""
+        try:
+            self._producer.purge(blocking=False)
+        except KafkaException as error:
+            self._log.error("purge failed", error=str(error))
+
+    async def _shrink_batches(self) -> None:
+        """A topic takes less at once than a batch may hold: make batches smaller, as the topics say or step by step."""
+        self._limits_wanted = False
+        size = int(self._properties["batch.size"])
+        limits = await self._ask_limits(self._topics)
+        smallest = min(limits.values(), default=size) - BATCH_OVERHEAD_BYTES
+        self._properties["batch.size"] = max(1, smallest if smallest < size else size // SHRINK)
+        self._log.warning("batches are smaller now", batch_size=self._properties["batch.size"], limits=limits)
+
+    async def fit_batches(self) -> None:
+        """Ask what the topics take at once, where that may be asked, and make batches as small as the smallest.
+
+        Before anything is under way this replaces a producer that holds nothing.
+        """
+        limits = await self._ask_limits(self._topics)
+        size = min(limits.values(), default=sys.maxsize) - BATCH_OVERHEAD_BYTES
+        if size < int(self._properties["batch.size"]) and not self.broken:
+            self._properties["batch.size"] = max(1, size)
+            self.note_broken(f"a topic takes {min(limits.values())} bytes at once", Fault.BATCH)
+
+    async def _ask_limits(self, topics: list[str]) -> dict[str, int]:
+        """max.message.bytes of the topics that say; none where the broker does not answer or does not allow it."""
+        try:
+            return await in_thread(partial(self._limits, list(topics)), abandon_on_cancel=True)
+        except (KafkaException, NoThread, ValueError, KeyError):
+            return {}
+
+    def _limits(self, topics: list[str]) -> dict[str, int]:
+        own = {name: value for name, value in self._properties.items() if _ADMIN_PROPERTIES.match(name)}
+        if not topics or self._producer.list_topics(topics[0], timeout=LIMITS_TIMEOUT_S).controller_id < 0:
+            return {}  # librdkafka's mock has no controller, and would be waited for
+        servers = self._properties["bootstrap.servers"]
+        admin = AdminClient({**own, "bootstrap.servers": servers, "log_level": 0})
+        wanted = [ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in topics]
+        found = {}
+        for resource, answer in admin.describe_configs(wanted, request_timeout=LIMITS_TIMEOUT_S).items():
+            try:
+                found[resource.name] = int(answer.result(2 * LIMITS_TIMEOUT_S)["max.message.bytes"].value)
+            except (KafkaException, KeyError, TypeError, ValueError, TimeoutError):
+                continue
+        return found
+
+    async def _watch(self) -> None:
+        """When all connections are gone, ask the cluster until it answers, which connects again; say so once."""
+        while True:
+            await self._suspicion.wait()
+            self._suspicion = trio.Event()
+            while self.reached and not await self._answers():
+                if self.up:
+                    self.up = False
+                    self._note_unreachable("no answer")
+                await trio.sleep(PROBE_PAUSE_S)
+            if self.reached and not self.up:
+                self._note_reached()
+
+    async def _answers(self) -> bool:
+        """Whether the cluster answers for a topic."""
+        try:
+            topic = self._topics[0] if self._topics else None
+            await in_thread(partial(_ask, self._producer, topic), abandon_on_cancel=True)
+        except (KafkaException, NoThread):
+            return False
+        return True
 
     async def _poll_for(self, seconds: float) -> None:
         """Poll for a while."""
@@ -252,70 +426,113 @@ class KafkaProducer:
                 return
 
     async def check_topics(self, topics: list[str]) -> bool:
-        """Ask the cluster for each topic, in a thread; true when all are there.
+        """Ask the cluster for each topic, in a thread; true when all are there and may be seen.
 
-        Sets ``reached`` and ``missing_topics``. Takes up to `METADATA_TIMEOUT_S` a topic; cancellation leaves
-        the thread to end on its own.
+        Sets ``reached``, ``missing_topics`` and ``not_authorised``. Takes up to `METADATA_TIMEOUT_S` a topic;
+        cancellation leaves the thread to end on its own.
         """
-        try:
-            missing = await trio.to_thread.run_sync(
-                partial(self._missing, topics), abandon_on_cancel=True, limiter=None
+        self._topics = topics
+        missing, forbidden = await self.unusable_topics(topics)
+        if missing is None:
+            return False
+        if (missing, forbidden) != (self.missing_topics, self.not_authorised) and (missing or forbidden):
+            self._log.warning(
+                "topics cannot be used",
+                missing=missing,
+                not_authorised=forbidden,
+                remedy="create them, or allow the gateway to describe and write them; checked again each second",
             )
-        except KafkaException as error:
-            self._note_unreachable(error.args[0].str())
-            return False
-        self.missing_topics = tuple(missing)
-        if missing:
-            self._log.warning("topics missing in Kafka", topics=missing, remedy="create them; checked again soon")
-            return False
-        self.reached = self.up = True
-        self._last_error = ""
-        return True
+        self.missing_topics = missing
+        if forbidden or not self._topics_doubtful:
+            self.not_authorised, self._not_authorised_until = forbidden, math.inf
+        self._note_reached()
+        return not missing and not forbidden
 
-    def _missing(self, topics: list[str]) -> list[str]:
-        missing = []
-        for topic in topics:
-            metadata = self._producer.list_topics(topic, timeout=METADATA_TIMEOUT_S).topics.get(topic)
-            if metadata is None or metadata.error is not None:
-                missing.append(topic)
-        return missing
+    async def unusable_topics(self, topics: list[str]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+        """Which of ``topics`` are not there (None: Kafka does not say), and which the gateway may not ask about."""
+        try:
+            return await in_thread(partial(_unusable, self._producer, topics), abandon_on_cancel=True)
+        except (KafkaException, NoThread) as error:
+            reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+            self._note_unreachable(reason)
+            return None, ()
 
     async def purge(self) -> None:
         """Give up on everything queued or in flight; each record's report says so before this returns.
 
         The reports come from librdkafka's threads: waits for them, `PURGE_TIMEOUT_S` at most.
         """
-        self._producer.purge()
+        self._purge()
         with trio.move_on_after(PURGE_TIMEOUT_S):
             while len(self._producer):
                 self.poll()
                 await trio.sleep(POLL_BUSY_S)
 
     def _note_unreachable(self, reason: str) -> None:
-        if reason != self._last_error:
-            self._last_error = reason
-            self._log.warning("Kafka not reached", error=reason)
+        if not self._said_unreachable:
+            self._said_unreachable = True
+            self._log.warning("Kafka not reached", error=self._last_error or reason)
+
+    def _note_reached(self) -> None:
+        if self._said_unreachable:
+            self._log.info("Kafka connected")
+        self._said_unreachable = False
+        self._last_error = ""
+        self.reached = self.up = True
 
     def _on_error(self, error: KafkaError) -> None:
         self._counters.kafka_errors += 1
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # its public spelling
-            self.up = False
-        if error.str() != self._last_error:
+        if error.code() in _NO_CONNECTION:
+            # An idle connection that the broker closes ends so too: `_watch` finds out which it is.
+            if error.code() == KafkaError._ALL_BROKERS_DOWN:
+                self._suspicion.set()
+            else:
+                self._last_error = error.str()
+            self._log.debug("Kafka connection", error=error.str(), code=error.name())
+        elif error.str() != self._last_error:
             self._last_error = error.str()
             self._log.warning("Kafka error", error=error.str(), code=error.name())
 
     def _on_statistics(self, statistics: str) -> None:
-        values = json.loads(statistics)
-        up = not self.broken and any(broker.get("state") == "UP" for broker in values.get("brokers", {}).values())
-        eos = values.get("eos", {})
-        if up and len(self._producer) and eos.get("idemp_state") != "Assigned":
-            waited_ms = eos.get("idemp_stateage", 0)
-            if waited_ms >= STUCK_MS:
-                self.note_broken(f"{eos['idemp_state']} for {waited_ms} ms (librdkafka's idemp_state)")
-                return
-        if up and not self.up:
-            self._log.info("Kafka connected")
-        self.up = up
+        if self.broken or not self.up or not len(self._producer):
+            return
+        # Not parsed: the document is long, and this is at its end.
+        found = _IDEMPOTENCE.search(statistics, max(0, statistics.rfind('"eos"')))
+        if found is not None and found[1] != "Assigned" and int(found[2]) >= STUCK_MS:
+            self.note_broken(f"{found[1]} for {found[2]} ms (librdkafka's idemp_state)")
+
+
+class _EnoughForNow(Exception):  # ends a poll, never seen outside
+    pass
+
+
+def open_producer(properties: Mapping[str, Any]) -> Producer:
+    """confluent-kafka's producer. Raises StartupError for a property librdkafka does not take."""
+    try:
+        return Producer(dict(properties))
+    except (KafkaException, ValueError, TypeError) as error:
+        reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+        raise StartupError(f"kafka.properties: librdkafka refuses the settings: {reason}") from error
+
+
+def check_properties(properties: Mapping[str, str | int | float | bool]) -> None:
+    """Let librdkafka judge the properties without a broker's address: it connects to nothing. Raises StartupError."""
+    open_producer({**PROPERTIES, **properties, "log_level": 0})
+
+
+def _ask(producer: Producer, topic: str | None) -> None:
+    producer.list_topics(topic, timeout=PROBE_TIMEOUT_S)
+
+
+def _unusable(producer: Producer, topics: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    missing, forbidden = [], []
+    for topic in topics:
+        metadata = producer.list_topics(topic, timeout=METADATA_TIMEOUT_S).topics.get(topic)
+        if metadata is not None and metadata.error is not None and metadata.error.code() in NOT_AUTHORISED:
+            forbidden.append(topic)
+        elif metadata is None or metadata.error is not None:
+            missing.append(topic)
+    return tuple(missing), tuple(forbidden)
 
 
 class _RdkafkaLog:

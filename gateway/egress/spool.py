@@ -18,6 +18,8 @@ import fcntl
 import os
 import re
 import struct
+import threading
+import time
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +39,10 @@ SEGMENT_BYTES: Final = 64 * 1024 * 1024
 """A segment that has grown to this is followed by another: what is sent is given back to the disk piece by piece."""
 MAX_RECORD_BYTES: Final = 32 * 1024 * 1024
 """A larger length is a fault: four times `listen.max_message_bytes`' upper bound."""
+LOCK_TRIES: Final = 20
+LOCK_PAUSE_S: Final = 0.02
+CLOSE_TIMEOUT_S: Final = 1.0
+"""How long `Spool.close` waits for a write that was abandoned."""
 DAMAGED: Final = ".damaged"
 _HEADER: Final = struct.Struct(">II")
 _NAME: Final = re.compile(r"(\d{10})\.spool\Z")
@@ -179,6 +185,19 @@ def in_use(directory: Path) -> bool:
     return False
 
 
+def _lock(file: int) -> None:
+    """Take the lock. Raises OSError while another process holds it; an inspection (`in_use`) does for microseconds."""
+    for again in range(LOCK_TRIES, -1, -1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if not again:
+                raise
+            time.sleep(LOCK_PAUSE_S)
+        else:
+            return
+
+
 class Spool:
     """The directory, held by one process from the constructor to `close`.
 
@@ -199,18 +218,21 @@ class Spool:
         except OSError as error:
             raise SpoolError(f"spool.directory: {directory}: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._lock)
         except OSError as error:
             os.close(self._lock)
             raise SpoolError(f"spool.directory: {directory} is in use by another process") from error
+        self._busy = threading.Lock()
         self.old = list_segments(directory)
         # Files that were set aside count too: their names must not come again.
         self._number = max((int(path.stem) for path in directory.iterdir() if path.stem.isdecimal()), default=0)
 
     def close(self) -> None:
-        """Give the directory back."""
-        self._close_file()
-        os.close(self._lock)
+        """Give the directory back; while a write hangs, the end of the process does."""
+        if self._busy.acquire(timeout=CLOSE_TIMEOUT_S):
+            self._close_file()
+            os.close(self._lock)
+            self._busy.release()
 
     def size_bytes(self) -> int:
         """Bytes of all segments and what was set aside."""
@@ -227,6 +249,10 @@ class Spool:
         them is cut off again.
         """
         encoded = [_encode(record) for record in records]
+        with self._busy:
+            self._append(encoded)
+
+    def _append(self, encoded: list[bytes]) -> None:
         wanted = sum(map(len, encoded))
         try:
             held = self.size_bytes()

@@ -14,13 +14,14 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
 from gateway.core.ports import QueueFull
 from gateway.core.principal import Principal
-from gateway.errors import SpoolError
+from gateway.errors import NoThread, SpoolError
+from gateway.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ RETRY_S: Final = 1.0
 READ_RECORDS: Final = 500
 READ_BYTES: Final = 4 * 1024 * 1024
 """Records read from a segment in one visit to a thread, and bytes, one record at least."""
+T = TypeVar("T")
 ROOM_S: Final = 0.02
 """Between attempts to queue a record when the producer has no room."""
 
@@ -107,15 +109,16 @@ class SpoolWriter:
                 async with self._writing:
                     self._offer_again()
 
-    async def flush(self, timeout_s: float) -> int:
-        """Write everything that waits, unless the disk takes nothing or it takes too long; return what is left.
+    async def flush(self, deadline: float) -> int:
+        """Write everything that waits until ``deadline`` (Trio's seconds), unless the disk takes nothing.
 
-        A write that is under way at the deadline is waited for: what is on the disk is not lost.
+        Returns what is left. A write that is under way at the deadline is abandoned: its records may be on the disk all
+        the same, and are counted as left.
         """
-        deadline = trio.current_time() + timeout_s
-        while self._waiting and trio.current_time() < deadline:
-            if not await self._write_batch() and self.fault:
-                break
+        with trio.CancelScope(deadline=deadline):
+            while self._waiting:
+                if not await self._write_batch() and self.fault:
+                    break
         return len(self._waiting)
 
     async def _write_batch(self) -> bool:
@@ -131,10 +134,10 @@ class SpoolWriter:
             records = [waiting.record for waiting in batch]
             try:
                 if batch:
-                    await trio.to_thread.run_sync(self._spool.append, records, abandon_on_cancel=True)
-            except SpoolError as error:
+                    await in_thread(self._spool.append, records, abandon_on_cancel=True)
+            except (SpoolError, NoThread) as error:
                 self._batch_records = max(1, len(batch) // 2)
-                if len(batch) == 1:
+                if len(batch) == 1 or isinstance(error, NoThread):
                     self.fault = str(error)
                     self._log_fault("the spool takes nothing", error=self.fault, waiting=len(self._waiting))
                 return False
@@ -284,11 +287,11 @@ class Replay:
         records = segment.read()
         count = 0
         try:
-            while chunk := await trio.to_thread.run_sync(_chunk, records):
+            while chunk := await self._in_thread(_chunk, records):
                 for record in chunk:
                     await self._offer_record(record, replay)
                     count += 1
-            fault_at = await trio.to_thread.run_sync(segment.fault_at)
+            fault_at = await self._in_thread(segment.fault_at)
         except OSError as error:
             self._log.error("spool segment unreadable, left where it is", segment=str(segment.path), error=str(error))
             return
@@ -298,6 +301,15 @@ class Replay:
         self._log.info("spool segment offered to Kafka", segment=str(segment.path), records=count)
         replay.all_offered()
         nursery.start_soon(self._finish, replay)
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        """Run it in a thread, as soon as there is one."""
+        while True:
+            try:
+                return await in_thread(call, *arguments)
+            except NoThread as error:
+                self._log.error("the spool waits", error=str(error))
+                await trio.sleep(RETRY_S)
 
     async def _offer_record(self, record: Record, replay: SegmentReplay) -> None:
         principal = Principal(record.user_id, record.company_id, "", 0.0)
@@ -318,7 +330,7 @@ class Replay:
         await replay.settled.wait()
         segment = replay.segment
         try:
-            await trio.to_thread.run_sync(partial(segment.finish, damaged=replay.damaged))
+            await self._in_thread(partial(segment.finish, damaged=replay.damaged))
         except OSError as error:
             self._log.error("spool segment sent and not deleted", segment=str(segment.path), error=str(error))
         else:

@@ -42,6 +42,10 @@ SMALL_READ_BYTES: Final = 448
 """One read of a plain connection until one fills it: with its head such a bytes object comes from Python's own small
 blocks (512 bytes at most), while 16 KiB are cut out of malloc's memory and given back in two pieces."""
 
+FLOOD_S: Final = 10
+"""How long control frames may come faster than allowed. What one read brings counts as one second's worth at most: it
+may have gathered while the gateway or the network stood still."""
+
 OPEN: Final = 0
 CLOSING: Final = 1
 ENDED: Final = 2
@@ -56,7 +60,7 @@ class ConnectionLimits:
 
     max_message_bytes: int
     max_controls_per_s: int
-    """Control frames in a second before the connection is closed with 1008."""
+    """Control frames a second, over `FLOOD_S` of reading, before the connection is closed with 1008."""
     max_unsent_bytes: int
     """Bytes the peer has not taken yet; more ends the connection."""
     unsent_timeout_s: float
@@ -73,8 +77,9 @@ class Connection:
     """A socket, its frame decoder and its close handshake. Subclasses decide what messages mean (`_take`)."""
 
     __slots__ = (
-        "_control_second",
         "_controls",
+        "_controls_at",
+        "_controls_here",
         "_decoder",
         "_least_read_bytes",
         "_limits",
@@ -117,8 +122,9 @@ class Connection:
         self._read_bytes = self._least_read_bytes
         self._outbox: bytearray | None = None
         self._unsent_since = 0.0
-        self._controls = 0
-        self._control_second = 0.0
+        self._controls = 0.0
+        self._controls_at = 0.0
+        self._controls_here = 0
         self._takes_while_closing = False
         self._task: trio.lowlevel.Task | None = None
 
@@ -278,12 +284,15 @@ class Connection:
                 self.send(frames.PONG, item.payload)
 
     def _count_control(self) -> None:
-        now = self._readiness.now
-        if now - self._control_second >= 1.0:
-            self._control_second = now
-            self._controls = 0
-        self._controls += 1
-        if self._controls > self._limits.max_controls_per_s:
+        """A leaky bucket of `FLOOD_S` seconds' worth."""
+        now, limit = self._readiness.now, self._limits.max_controls_per_s
+        if now != self._controls_at:  # another read
+            self._controls = max(0.0, self._controls - (now - self._controls_at) * limit)
+            self._controls_at, self._controls_here = now, 0
+        self._controls_here += 1
+        if self._controls_here <= limit:
+            self._controls += 1
+        if self._controls > limit * FLOOD_S:
             self._log_failure(refusals.CLOSE_CONTROL_FLOOD, refusals.CLOSE_CONTROL_FLOOD.reason)
             self.fail(refusals.CLOSE_CONTROL_FLOOD)
 
@@ -292,14 +301,12 @@ class Connection:
     def tick(self, now: float) -> None:
         """Do what is due at ``now`` and set ``due`` to when to come back; all in Trio's seconds."""
         limits = self._limits
-        self.flush()  # while reading is paused nobody else does
         if self._outbox is not None and now - self._unsent_since >= limits.unsent_timeout_s:
             self._end("stalled_peer")
             return
-        if self._readiness.paused:  # nobody is read, so nobody can be judged silent
-            self.due = now
-            return
-        silent_since = max(self.last_heard, self._readiness.resumed_at)
+        silent_since = self.last_heard
+        if self._readiness.leaves(self):  # who is not read cannot be judged silent
+            silent_since = self.last_heard = now
         if now - silent_since >= limits.idle_timeout_s:
             self.close(refusals.CLOSE_IDLE)
             return

@@ -1,8 +1,8 @@
 """The opening handshake: read the request, decide, answer (RFC 6455 4.2).
 
-`Handshake.decide` is the whole decision, without I/O: a `Request` and an address in, an `Admitted` out, or Refused.
-The order of its checks is the order of the answers a client gets: HTTP, path, upgrade, Origin, admission (before any
-cryptography), account, token.
+`Handshake.decide` is the whole decision, without I/O: a `Request` in, an `Admitted` out, or Refused. The order of its
+checks is the order of the answers a client gets: HTTP, path, upgrade, Origin, admission, account, token. The rate of an
+address has been asked before, when its connection was accepted (`gateway.ingress.listener`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import trio
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import socket
 
     from gateway.core.admission import Admission
+    from gateway.core.origins import OriginRules
     from gateway.core.principal import Principal, TokenRules
     from gateway.ingress.request import Request
     from gateway.refusals import Refusal
@@ -72,18 +73,18 @@ class Handshake:
     """The rules of the opening handshake; ``rules`` may be replaced while running (reload)."""
 
     path: str
-    allowed_origins: frozenset[str]
+    origins: OriginRules
     allow_query_token: bool
     rules: TokenRules
     admission: Admission
 
-    def decide(self, request: Request, address: str) -> Admitted:
-        """Accept or raise Refused. Reads the clocks, touches no socket."""
-        if request.path != self.path:
+    def decide(self, request: Request) -> Admitted:
+        """Accept or raise Refused. Reads the clock, touches no socket."""
+        if (request.path.rstrip("/") or "/") != self.path:
             raise Refused(refusals.NOT_FOUND)
         key = _check_upgrade(request)
         self._check_origin(request)
-        self.admission.check(address, trio.current_time())
+        self.admission.check()
         query = _query(request.query)
         account = _account(query)
         token, subprotocol = self._token(request, query)
@@ -96,17 +97,9 @@ class Handshake:
     def _check_origin(self, request: Request) -> None:
         """Refuse a browser page of somebody else's (RFC 6455 10.2): absent and same-host Origins pass."""
         origin = request.one("origin")
-        if origin is None or origin in self.allowed_origins:
-            return
-        try:
-            url = urlsplit(origin if "//" in origin else f"//{origin}")
-            host, port = url.hostname or "", url.port
-        except ValueError:
-            raise Refused(refusals.ORIGIN_NOT_ALLOWED) from None
-        bare = not (url.path or url.query or url.fragment or url.username is not None)
-        same_port = port is None or request.port is None or port == request.port
-        if not (bare and same_port and host and host == request.host.strip("[]")):
-            raise Refused(refusals.ORIGIN_NOT_ALLOWED)
+        if origin is not None and not self.origins.admit(origin, request.host, request.port):
+            hosts = request.headers["host"]
+            raise Refused(refusals.ORIGIN_NOT_ALLOWED, f"Origin {origin!r}, Host {hosts[0]!r}")
 
     def _token(self, request: Request, query: dict[str, list[str]]) -> tuple[str, str | None]:
         """The token and the subprotocol to answer with, from the first place that has one."""
@@ -187,6 +180,9 @@ async def read_request(sock: socket.socket, buffer: bytearray) -> Request:
             raise Disconnected
         seen = len(buffer)
         buffer += data
+        if buffer.startswith(b"\r"):
+            http.skip_empty_lines(buffer)
+            seen = 0
         end = http.head_end(buffer, seen)
         if end >= 0:
             head = bytes(buffer[:end])

@@ -3,16 +3,20 @@
 A turn takes the sockets that are ready, calls each connection's synchronous `feed`, and yields to Trio. One
 wake of Trio so serves many sockets, and no task is scheduled for a message.
 
-States: polling, or paused (`pause`, when the producer has no room). While paused nothing is read from
-anybody: TCP pushes back to the clients. A connection that could not hand over everything it had read
-waits in ``_stalled`` and goes first when reading resumes, even when it has ended by then.
+States: handing over, or paused (`pause`, when the producer has no room). While paused connections are still read, so
+that a ping behind data is answered and an end is seen, but their messages wait in each connection's backlog; who has
+filled its share of ``max_held_bytes`` is not read any more, and TCP pushes back to that client. A connection that has
+something left to hand over waits in ``_stalled``, even when it has ended by then; after a pause these go first, a slice
+at a time.
 
 Invariant: an exception out of one connection's `feed` reaches that connection's `crash` and nobody else.
 """
 
 from __future__ import annotations
 
+import os
 import select
+from collections import deque
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -28,10 +32,18 @@ TURN_S: Final = 0.005
 read is not interrupted."""
 BUSY_SOCKETS: Final = 8
 """A turn that served this many is followed by a pause, a quieter one is not: latency stays low when quiet."""
+SAMPLE_MASK: Final = 15
+"""One turn in 16 is timed, read by read."""
 GATHER_S: Final = 0.001
 """The pause after a busy turn, so that reads gather: costs 2-5 ms at p50 under load, saves a fifth of the CPU. None
 after a turn that could not serve everybody: reads have gathered already, and librdkafka's thread would use the pause
 to send many small batches."""
+
+
+MIN_SHARE_BYTES: Final = 65_536
+"""What a connection may hold during a pause however many others there are, while the sum allows it: a few reads."""
+MAX_HELD_BYTES: Final = 256 * 1024 * 1024
+"""The sum's bound unless told otherwise."""
 
 
 class Feedable(Protocol):
@@ -50,7 +62,7 @@ class Feedable(Protocol):
         """Write what is waiting to be written."""
 
     def resume(self) -> None:
-        """Hand over what was read and not yet handed over."""
+        """Hand over some of what was read and not yet handed over; `Readiness.stall` or `defer` when more is left."""
 
     def crash(self, error: Exception) -> None:
         """End the connection because one of the above raised."""
@@ -59,25 +71,27 @@ class Feedable(Protocol):
 class Readiness:
     """The shared epoll. `run` is its task; everything else is called from the Trio thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_held_bytes: int = MAX_HELD_BYTES) -> None:
         self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # ends `run`'s wait for a backlog
+        self._epoll.register(self._bell, select.EPOLLIN)
         self._connections: dict[int, Feedable] = {}
-        self._stalled: list[Feedable] = []
+        self._unread: set[int] = set()  # descriptors that are not read: their connection holds its share
+        self._writing: set[int] = set()  # descriptors that wait to write
+        self._stalled: deque[Feedable] = deque()
         self._left: list[tuple[int, int]] = []  # of a turn that took too long: they go first in the next
-        self._resumed: trio.Event | None = None
+        self._max_held_bytes = max_held_bytes
+        self.held_bytes = 0
+        """What all backlogs hold, about."""
+        self.paused = False
+        """True while nobody's messages are handed over."""
         self.now = 0.0
         """Trio's clock at the start of the current turn, in seconds: one reading a turn, not one a message."""
         self.paused_at = 0.0
-        """When reading last paused."""
-        self.resumed_at = 0.0
-        """When reading last resumed after a pause; silence before that is not the client's."""
+        """When handing over last paused."""
         self.turns = 0
-        self.timing: Callable[[float, int], None] | None = None
-
-    @property
-    def paused(self) -> bool:
-        """True while nobody is read."""
-        return self._resumed is not None
+        self.timing: Callable[[float], None] | None = None
+        """Told how long one `feed` took, in turns that are sampled."""
 
     @property
     def stalled(self) -> int:
@@ -101,53 +115,81 @@ class Readiness:
         """Stop feeding ``connection``; harmless when it is not there."""
         if self._connections.get(connection.fd) is connection:
             del self._connections[connection.fd]
+            self._unread.discard(connection.fd)
+            self._writing.discard(connection.fd)
             self._epoll.unregister(connection.fd)
 
     def want_write(self, connection: Feedable, wanted: bool) -> None:
         """Say whether ``connection.flush`` is to be called when its socket takes bytes again."""
-        if self._connections.get(connection.fd) is connection:
-            interest = select.EPOLLIN | (select.EPOLLOUT if wanted else 0)
-            self._epoll.modify(connection.fd, interest)
+        self._want(connection, self._writing, wanted)
+
+    def want_read(self, connection: Feedable, wanted: bool) -> None:
+        """Say whether ``connection`` is to be read: not while its backlog is full."""
+        self._want(connection, self._unread, not wanted)
+
+    def leaves(self, connection: Feedable) -> bool:
+        """Whether what the peer sends is left in its socket for now."""
+        return connection.fd in self._unread
+
+    def _want(self, connection: Feedable, descriptors: set[int], listed: bool) -> None:
+        fd = connection.fd
+        if self._connections.get(fd) is connection:
+            (descriptors.add if listed else descriptors.discard)(fd)
+            reading = 0 if fd in self._unread else select.EPOLLIN
+            self._epoll.modify(fd, reading | (select.EPOLLOUT if fd in self._writing else 0))
+
+    def may_hold(self, held_bytes: int) -> bool:
+        """Whether a connection whose backlog is ``held_bytes`` may go on reading."""
+        share = self._max_held_bytes // max(1, len(self._connections))
+        return self.held_bytes < self._max_held_bytes and held_bytes < max(MIN_SHARE_BYTES, share)
 
     def stall(self, connection: Feedable) -> None:
         """Pause everybody; ``connection`` has something left to hand over."""
-        self._stalled.append(connection)
+        self.defer(connection)
         self.pause()
 
+    def defer(self, connection: Feedable) -> None:
+        """``connection`` has something left to hand over, and room for it: its turn comes again."""
+        self._stalled.append(connection)
+
     def pause(self) -> None:
-        """Stop reading from every connection."""
-        if self._resumed is None:
-            self._resumed = trio.Event()
+        """Hand over nothing more."""
+        if not self.paused:
+            self.paused = True
             self.paused_at = trio.current_time()
 
     def resume(self) -> None:
-        """Read again. Stalled connections hand over first; if one stalls again, so does everybody."""
-        if self._resumed is None:
-            return
-        resumed, self._resumed = self._resumed, None
-        stalled, self._stalled = self._stalled, []
-        for connection in stalled:
-            if self.paused:
-                self._stalled.append(connection)
-                continue
+        """Hand over again. Stalled connections go first; if one finds no room, everybody pauses again."""
+        if self.paused:
+            self.paused = False
+            self._catch_up()
+            if self._stalled and not self.paused and not self._epoll.closed:
+                os.eventfd_write(self._bell, 1)  # `run` goes on with it
+
+    def _catch_up(self) -> None:
+        """Let stalled connections hand over, for `TURN_S` at most."""
+        until = perf_counter() + TURN_S
+        while self._stalled and not self.paused:
+            connection = self._stalled.popleft()
             try:
                 connection.resume()
             except Exception as error:  # the barrier around each connection
                 connection.crash(error)
-        if self._resumed is None:
-            self.resumed_at = trio.current_time()
-        resumed.set()
+            if perf_counter() > until:
+                return
 
     async def run(self) -> None:
         """Feed connections until cancelled; closes the epoll then."""
         try:
             while True:
-                if self._resumed is not None:
-                    await self._resumed.wait()
-                    continue
+                if self._stalled and not self.paused:
+                    self._catch_up()
                 events, self._left = self._left or self._epoll.poll(0, SOCKETS_PER_TURN), []
                 if not events:
-                    await trio.lowlevel.wait_readable(self._epoll.fileno())
+                    if self._stalled and not self.paused:
+                        await trio.lowlevel.checkpoint()
+                    else:
+                        await trio.lowlevel.wait_readable(self._epoll.fileno())
                     continue
                 self._turn(events)
                 # hot: gathering reads under load; bench/ingest.py
@@ -159,18 +201,22 @@ class Readiness:
         finally:
             self._connections.clear()  # their tasks may end after this one, and call `remove`
             self._epoll.close()
+            os.close(self._bell)
 
     def _turn(self, events: list[tuple[int, int]]) -> None:
         self.now = trio.current_time()
         self.turns += 1
         connections = self._connections
-        began = perf_counter()
-        until = began + TURN_S
+        timing = self.timing if not self.turns & SAMPLE_MASK else None
+        now = perf_counter()
+        until = now + TURN_S
         done = 0
         for fd, event in events:
             done += 1
             connection = connections.get(fd)
             if connection is None:
+                if fd == self._bell:
+                    os.eventfd_read(fd)
                 continue  # ended earlier in this turn
             try:
                 if event & select.EPOLLOUT:
@@ -179,10 +225,9 @@ class Readiness:
                     connection.feed()
             except Exception as error:  # the barrier around each connection
                 connection.crash(error)
-            if self._resumed is not None:
-                return  # paused: level-triggered, so the rest is reported again
-            if perf_counter() > until:
+            began, now = now, perf_counter()
+            if timing is not None:
+                timing(now - began)
+            if now > until:
                 self._left = events[done:]
                 break
-        if self.timing is not None:
-            self.timing(perf_counter() - began, done)

@@ -24,6 +24,7 @@ _MAX_REQUEST_LINE_BYTES: Final = MAX_TARGET_BYTES + 64  # room for the method an
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}\Z")
+_BEGINNING = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]|\r?\Z")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _BAD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _TARGET = re.compile(r"[!-~]+\Z")
@@ -80,6 +81,12 @@ def _bad(detail: str) -> Refused:
     return Refused(refusals.BAD_REQUEST, detail)
 
 
+def skip_empty_lines(buffer: bytearray) -> None:
+    """Drop the empty lines that some clients send before a request (RFC 9112 2.2)."""
+    while buffer.startswith(b"\r\n"):
+        del buffer[:2]
+
+
 def head_end(buffer: bytes | bytearray, seen: int = 0) -> int:
     """Where the head ends in ``buffer`` (after its empty line), or -1 while it has not arrived whole.
 
@@ -89,7 +96,7 @@ def head_end(buffer: bytes | bytearray, seen: int = 0) -> int:
     """
     end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
     stop = len(buffer) if end < 0 else end + 4
-    if buffer and not 0x41 <= buffer[0] <= 0x5A:  # a method in capitals; a TLS record begins with 0x16
+    if not _BEGINNING.match(buffer):  # a TLS record begins with 0x16
         raise _bad("not an HTTP request")
     if _BARE_LF.search(buffer, seen, stop):
         raise _bad("bare line feed")
@@ -166,6 +173,7 @@ def _target(target: str) -> tuple[str, str]:
             raise _bad("malformed target") from None
         if url.scheme.lower() not in ("ws", "wss", "http", "https") or not url.netloc:
             raise _bad("target is neither a path nor a WebSocket URL")
+        _authority(url.netloc)
         return url.path or "/", url.query
     path, _, query = target.partition("?")
     return path, query

@@ -1,16 +1,17 @@
 """A connection whose messages are routed: the envelope's header read, its bytes handed to Kafka.
 
 Everything here runs inside `Readiness`' turn, synchronously. One connection's messages are handed over in the order
-in which they were received: when the producer has no room, what is left of a read waits in ``_backlog``, in
-order, and nothing further is read from anybody.
+in which they were received: when the producer has no room, and while handing over is paused, they wait in ``_backlog``,
+in order, up to the connection's share; then it is not read any more. Pings are answered meanwhile.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gateway import refusals
 from gateway.core import control
@@ -29,11 +30,12 @@ from gateway.core.ports import QueueFull
 from gateway.errors import NotAnEnvelope
 from gateway.ingress import frames
 from gateway.ingress.connection import ENDED, OPEN, Connection
+from gateway.ingress.frames import Ping, Pong
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gateway.core.ports import Egress, Lane
     from gateway.core.principal import Principal
@@ -42,6 +44,17 @@ if TYPE_CHECKING:
     from gateway.ingress.readiness import Readiness
     from gateway.refusals import Close
     from gateway.telemetry.logging import RateLimited
+
+
+RESUMED_MESSAGES: Final = 256
+"""Messages of a backlog handed over before another connection's turn: about a millisecond."""
+ITEM_BYTES: Final = 64
+"""What a message in a backlog takes beside its bytes."""
+
+
+def _weight(item: Item) -> int:
+    """Bytes an item takes in a backlog, about."""
+    return ITEM_BYTES + (len(item) if isinstance(item, bytes | str) else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +67,8 @@ class SessionContext:
     ack_interval_ms: int
     reconnect_window_ms: int
     """``closing.reconnect_after_ms`` is drawn from 0 to this, so that clients do not all come back at once."""
-    leeway_s: float
-    """How long after its expiry a token still counts, as at the handshake."""
+    leeway_s: Callable[[], float]
+    """How long after its expiry a token still counts, now, as at the handshake."""
     notify: Callable[[Session], None]
     """Called when a session has something to say that may wait for ``ack_interval_ms``."""
     log_refused: RateLimited
@@ -72,6 +85,7 @@ class Session(Connection):
         "_backlog",
         "_context",
         "_degraded",
+        "_held_bytes",
         "_key",
         "_lanes",
         "_last_lane",
@@ -102,7 +116,8 @@ class Session(Connection):
         self._lanes: dict[str, Lane] = {}
         self._last_lane: Lane | None = None
         self._last_pattern = NO_PATTERN
-        self._backlog: list[Item] | None = None
+        self._backlog: deque[Item] | None = None
+        self._held_bytes = 0
         self._rejections: dict[str, tuple[int, int]] | None = None
         self.connection_id = connection_id
         self.principal = principal
@@ -119,13 +134,36 @@ class Session(Connection):
     def _take(self, items: list[Item]) -> None:
         if self.state != OPEN and not self._takes_while_closing:
             items = [item for item in items if item.__class__ is not bytes]
-        if self._backlog is not None:
-            self._backlog += items
-            return
-        self._hand_over(items)
+        if self._backlog is not None or self._readiness.paused:
+            self._hold(items)
+        elif rest := self._hand_over(items):
+            self._put_back(rest)
 
-    def _hand_over(self, items: list[Item]) -> None:
-        """Route messages that were accepted when they were read, whatever has become of the connection since."""
+    def _hold(self, items: list[Item]) -> None:
+        """Keep what cannot be handed over now, in order; pings are answered, they wait for nothing."""
+        if self._backlog is None:
+            self._backlog = deque()
+            self._readiness.defer(self)
+        for item in items:
+            if isinstance(item, Ping | Pong):
+                self._event(item)
+                if self.state == ENDED:
+                    break
+            else:
+                self._backlog.append(item)
+                self._note_held(_weight(item))
+        if not self._readiness.may_hold(self._held_bytes):
+            self._readiness.want_read(self, False)
+
+    def _note_held(self, change: int) -> None:
+        self._held_bytes += change
+        self._readiness.held_bytes += change
+
+    def _hand_over(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Route messages that were accepted when they were read, whatever has become of the connection since.
+
+        Returns what there is no room for. Nothing behind what failed the connection counts.
+        """
         egress = self._context.egress
         produce, key = egress.produce, self._key
         lane, pattern = self._last_lane, self._last_pattern
@@ -137,12 +175,14 @@ class Session(Connection):
                 alive = self.state != ENDED
                 self._event(item)
                 if alive and self.state == ENDED and self.outcome not in ("peer_lost", "stalled_peer"):
-                    return  # RFC 6455 7.1.7: nothing behind what failed the connection is processed
+                    self._backlog = None if self._backlog is None else deque()
+                    return ()  # RFC 6455 7.1.7: nothing behind what failed the connection is processed
                 continue
             try:
+                size = len(item)
                 if (
                     lane is None
-                    or len(item) != pattern.length
+                    or size != pattern.length
                     or not item.startswith(pattern.start)
                     or not is_timestamp(item, pattern.tail)
                 ):
@@ -153,8 +193,9 @@ class Session(Connection):
                     lane.waiting.append(item)
                     tally = lane.tally
                     tally.received += 1
-                    tally.received_bytes += len(item)
+                    tally.received_bytes += size
                     tally.in_flight += 1
+                    tally.in_flight_bytes += size
                     self.received += 1
                     if lane.indices is not None:
                         lane.indices.append(self.received)
@@ -164,9 +205,16 @@ class Session(Connection):
             try:
                 self._route(item)
             except QueueFull:
-                self._backlog = [item, *rest]
-                self._readiness.stall(self)
-                return
+                return [item, *rest]
+        return ()
+
+    def _put_back(self, items: Sequence[Item]) -> None:
+        """There is no room: these go first when there is, and everybody waits."""
+        if self._backlog is None:
+            self._backlog = deque()
+        self._backlog.extendleft(reversed(items))
+        self._note_held(sum(_weight(item) for item in items))
+        self._readiness.stall(self)
 
     def _plain_lane(self, raw: bytes) -> Lane | None:
         """The lane of a message that may go out as it came, None for any other. Raises DecodeError."""
@@ -246,13 +294,28 @@ class Session(Connection):
             self._context.notify(self)
 
     def resume(self) -> None:
-        backlog, self._backlog = self._backlog, None
-        if backlog is not None:
-            try:
-                self._hand_over(backlog)
-            finally:
-                if self._backlog is None:
-                    self._wake()
+        backlog = self._backlog
+        if backlog is None:
+            return
+        chunk = [backlog.popleft() for _ in range(min(RESUMED_MESSAGES, len(backlog)))]
+        self._note_held(-sum(_weight(item) for item in chunk))
+        try:
+            rest = self._hand_over(chunk)
+        except BaseException:
+            self._forget_backlog()
+            raise
+        if rest:
+            self._put_back(rest)
+        elif self._backlog:
+            self._readiness.defer(self)
+        else:
+            self._forget_backlog()
+
+    def _forget_backlog(self) -> None:
+        self._note_held(-self._held_bytes)
+        self._backlog = None
+        self._readiness.want_read(self, True)
+        self._wake()
 
     @property
     def backlog(self) -> int:
@@ -334,7 +397,7 @@ class Session(Connection):
     # Looked after by Heartbeat
 
     def tick(self, now: float) -> None:
-        remaining_s = self.principal.expires_at + self._context.leeway_s - time.time()
+        remaining_s = self.principal.expires_at + self._context.leeway_s() - time.time()
         if remaining_s <= 0:
             self.close(refusals.CLOSE_TOKEN_EXPIRED)
             return

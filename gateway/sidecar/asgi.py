@@ -29,26 +29,34 @@ class Sidecar:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1000, "reason": None})
-            return
-        status, content_type, body = self._answer(scope["method"], scope["path"])
+        upgrade = scope["type"] == "websocket"  # answered like the request that it also is: nothing is upgraded here
+        method = "GET" if scope["type"] == "websocket" else scope["method"]
+        if scope["http_version"] not in ("1.0", "1.1"):
+            error = {"code": "http_version_not_supported", "message": "Only HTTP/1.1 is served here."}
+            status, content_type, body = _json(505, {"error": error})
+        else:
+            status, content_type, body = self._answer(method, scope["path"])
         headers = [
             (b"content-type", content_type),
             (b"content-length", str(len(body)).encode()),
             (b"cache-control", b"no-store"),
         ]
         if status == 405:
-            headers.append((b"allow", b"GET, HEAD"))
+            headers.append((b"allow", b"GET, HEAD, OPTIONS" if _is_health(scope["path"]) else b"GET, HEAD"))
+        if upgrade:
+            await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+            await send({"type": "websocket.http.response.body", "body": body, "more_body": False})
+            return
         await send({"type": "http.response.start", "status": status, "headers": headers, "trailers": False})
-        if scope["method"] == "HEAD":
-            body = b""
+        if method != "GET":
+            body = b"" if status != 405 else body
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _answer(self, method: str, path: str) -> tuple[int, bytes, bytes]:
+        path = path.rstrip("/")
         if path not in ("/health/live", "/health/ready", "/health", "/metrics", "/version"):
             return _json(404, {"error": {"code": "not_found", "message": "There is nothing at this path."}})
-        if method not in ("GET", "HEAD"):
+        if method not in ("GET", "HEAD") and not (method == "OPTIONS" and _is_health(path)):
             return _json(405, {"error": {"code": "method_not_allowed", "message": "GET and HEAD only."}})
         if path == "/metrics":
             return 200, _TEXT, self.metrics()
@@ -62,6 +70,11 @@ class Sidecar:
         if path == "/health/ready":
             return _json(status, ready)
         return _json(status, {"live": True, "ready": not reasons, "reasons": reasons, **self.details()})
+
+
+def _is_health(path: str) -> bool:
+    """Whether balancers check this path: HAProxy's default check is an OPTIONS."""
+    return path == "/health" or path.startswith("/health/")
 
 
 def _json(status: int, value: Any) -> tuple[int, bytes, bytes]:

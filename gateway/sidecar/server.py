@@ -18,9 +18,11 @@ import trio
 from hypercorn.config import Config
 from hypercorn.trio import serve
 
-from gateway.errors import StartupError
+from gateway.sockets import open_listening_sockets
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gateway.sidecar.asgi import Sidecar
     from gateway.telemetry.logging import RateLimited
 
@@ -30,29 +32,20 @@ READ_TIMEOUT_S: Final = 10
 RESTART_PAUSE_S: Final = 0.1
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """A bound socket, not listening yet. Raises StartupError naming the address."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise StartupError(f"sidecar: {host}:{port}: no such address: {error.strerror or error}") from error
-    sock = socket.socket(family, kind, proto)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def open_sockets(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets for every address of ``host``. Raises StartupError naming the address."""
+
+    def prepare(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-        sock.bind(address)
-        # Listening at once makes a port in use fail here, not inside hypercorn.
-        sock.listen(64)
-    except OSError as error:
-        sock.close()
-        raise StartupError(f"sidecar: {host}:{port}: {error.strerror or error}") from error
-    return sock
+
+    # Listening at once makes a port in use fail here, not inside hypercorn.
+    return open_listening_sockets("sidecar", host, port, backlog=64, prepare=prepare)
 
 
-def _config(sock: socket.socket) -> Config:
+def _config(sockets: Sequence[socket.socket]) -> Config:
     config = Config()
     # hypercorn closes what it is given; a duplicate leaves the socket to the next start
-    config.bind = [f"fd://{os.dup(sock.fileno())}"]
+    config.bind = [f"fd://{os.dup(sock.fileno())}" for sock in sockets]
     config.accesslog = None
     config.errorlog = None
     config.include_server_header = False
@@ -69,11 +62,11 @@ def _config(sock: socket.socket) -> Config:
 
 async def run(
     app: Sidecar,
-    sock: socket.socket,
+    sockets: Sequence[socket.socket],
     log_restart: RateLimited,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve ``app`` on ``sock`` until cancelled; starts with the port. Closes ``sock``.
+    """Serve ``app`` on ``sockets`` until cancelled; starts with the port. Closes ``sockets``.
 
     Cancelled, it ends within `USER_TIMEOUT_MS` whatever its clients do.
     """
@@ -82,12 +75,13 @@ async def run(
         while True:
             try:
                 async with trio.open_nursery() as nursery:
-                    await nursery.start(partial(serve, app, _config(sock), shutdown_trigger=trio.sleep_forever))
+                    await nursery.start(partial(serve, app, _config(sockets), shutdown_trigger=trio.sleep_forever))
                     if not reported:
-                        task_status.started(sock.getsockname()[1])
+                        task_status.started(sockets[0].getsockname()[1])
                         reported = True
             except Exception as error:  # the barrier around hypercorn's worker
                 log_restart("sidecar restarted", exc_info=error)
             await trio.sleep(RESTART_PAUSE_S)
     finally:
-        sock.close()
+        for sock in sockets:
+            sock.close()

@@ -46,6 +46,11 @@ def parse(page: str) -> Page:
     return families
 
 
+def value(page: Page, name: str) -> float:
+    """The sum of a metric's samples on a page, 0 where it is not there."""
+    return sum(page[name].samples.values()) if name in page else 0.0
+
+
 class Sum:
     """The sum of the processes that run and of the counters of those that ran."""
 

@@ -6,15 +6,18 @@ into metric families when somebody asks, at most once a second. Every label has 
 
 from __future__ import annotations
 
+import os
+import resource
+import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.platform_collector import PlatformCollector
-from prometheus_client.process_collector import ProcessCollector
 
 from gateway import refusals
 
@@ -112,6 +115,7 @@ class Counters:
     handshakes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(HANDSHAKE_OUTCOMES, 0))
     closes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLOSE_OUTCOMES, 0))
     dead_letters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.DEAD_LETTER_REASONS, 0))
+    dead_letter_attempts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.DEAD_LETTER_REASONS, 0))
     spooled: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.GIVEN_UP_REASONS, 0))
     drops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.GIVEN_UP_REASONS, 0))
     pauses: int = 0
@@ -138,6 +142,36 @@ class Gauges:
     spool_ok: Callable[[], bool]
 
 
+class ProcessCollector:
+    """The ``process_*`` metrics that Prometheus' clients have in common, out of /proc/self alone (proc(5)).
+
+    prometheus-client's own needs /proc/stat, which a hardened unit hides (ProcSubset=pid), and is silent without it.
+    """
+
+    def __init__(self) -> None:
+        booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._started_at = booted_at + int(self._stat()[19]) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _stat() -> list[str]:
+        """The fields of /proc/self/stat from the third on: what comes before may hold spaces."""
+        return Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+
+    def collect(self) -> Iterable[Metric]:
+        """The metric families (prometheus-client's Collector protocol)."""
+        stat = self._stat()
+        cpu_s = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+        resident = int(stat[21]) * os.sysconf("SC_PAGE_SIZE")
+        descriptors = len(os.listdir("/proc/self/fd"))
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        yield CounterMetricFamily("process_cpu_seconds", "User and system CPU time.", value=cpu_s)
+        yield GaugeMetricFamily("process_virtual_memory_bytes", "Virtual memory size.", float(stat[20]))
+        yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory size.", resident)
+        yield GaugeMetricFamily("process_start_time_seconds", "Start, since the epoch.", self._started_at)
+        yield GaugeMetricFamily("process_open_fds", "Open file descriptors.", descriptors)
+        yield GaugeMetricFamily("process_max_fds", "Allowed file descriptors.", limit)
+
+
 _OUTCOMES: Final = ("received", "delivered", "dead_lettered", "dropped", "spooled")
 
 
@@ -151,7 +185,7 @@ class Exposition:
         self._version = version
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        self._registry.register(ProcessCollector())
         PlatformCollector(registry=self._registry)
         self._page = b""
         self._made_at = float("-inf")
@@ -180,7 +214,13 @@ class Exposition:
         )
         yield _counter("gateway_handshakes", "Handshakes.", "outcome", counters.handshakes)
         yield _counter("gateway_connections_closed", "Connections ended.", "outcome", counters.closes)
-        yield _counter("gateway_dead_letters", "Messages refused.", "reason", counters.dead_letters)
+        yield _counter("gateway_dead_letters", "Messages in the dead-letter topic.", "reason", counters.dead_letters)
+        yield _counter(
+            "gateway_dead_letter_attempts",
+            "Dead letters handed to the producer, again after a failure.",
+            "reason",
+            counters.dead_letter_attempts,
+        )
         yield _counter("gateway_spooled", "Messages written to the spool.", "reason", counters.spooled)
         yield _counter("gateway_drops", "Messages dropped.", "reason", counters.drops)
         yield _counter("gateway_reloads", "Reloads by SIGHUP.", "outcome", counters.reloads)
@@ -195,7 +235,7 @@ class Exposition:
         for name, text, histogram in (
             (
                 "gateway_routing_seconds",
-                "From bytes read to produce returned, a message.",
+                "One read, from its recv to the produce of the last message it brought.",
                 counters.routing_s,
             ),
             ("gateway_delivery_seconds", "From receive to Kafka's acknowledgement.", counters.delivery_s),
@@ -204,15 +244,19 @@ class Exposition:
             yield HistogramMetricFamily(name, text, buckets=histogram.buckets(), sum_value=histogram.total)
 
     def _messages(self) -> Iterable[Metric]:
-        by_type = self._books.by_type()
+        books = self._books.summary()
+        by_type, totals = books.by_type, books.totals
         yield _by_type("gateway_messages", "Messages by outcome.", by_type, "")
         yield _by_type("gateway_message_bytes", "Bytes of messages by outcome.", by_type, "_bytes")
-        totals = self._books.totals()
         yield GaugeMetricFamily("gateway_messages_in_flight", "Handed to the producer.", totals.in_flight)
+        yield GaugeMetricFamily("gateway_message_bytes_in_flight", "Their bytes.", totals.in_flight_bytes)
         yield GaugeMetricFamily(
             "gateway_books_imbalance",
             "received - (delivered + dead_lettered + dropped + spooled + in_flight); 0 unless there is a bug.",
             totals.imbalance,
+        )
+        yield GaugeMetricFamily(
+            "gateway_books_imbalance_bytes", "The same in bytes of messages as received.", totals.imbalance_bytes
         )
         yield GaugeMetricFamily("gateway_companies", "Companies connected or in flight.", self._books.companies)
 

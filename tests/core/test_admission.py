@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway import refusals
-from gateway.core.admission import MAX_ADDRESSES, AddressRate, Admission
+from gateway.core.admission import MAX_ADDRESSES, AddressRate, Admission, network
 from gateway.errors import Refused
 
 
@@ -35,24 +35,31 @@ def test_memory_for_addresses_is_bounded() -> None:
 def test_doors_closed_cap_and_places() -> None:
     admission = Admission(1, AddressRate(0, 1))
     with pytest.raises(Refused) as refused:
-        admission.check("a", 0.0)
+        admission.check()
     assert refused.value.refusal is refusals.STARTING
     admission.closed = None
-    admission.check("a", 0.0)
+    admission.check()
     admission.enter()
     with pytest.raises(Refused) as refused:
-        admission.check("a", 0.0)
+        admission.check()
     assert refused.value.refusal is refusals.AT_CAPACITY
     with pytest.raises(Refused):
         admission.enter()
     admission.leave()
-    admission.check("a", 0.0)
+    admission.check()
 
 
 def test_retry_after_is_at_least_a_second() -> None:
     admission = Admission(10, AddressRate(0.1, 1))
     admission.closed = None
-    admission.check("a", 0.0)
+    admission.knock("a", 0.0)
     with pytest.raises(Refused) as refused:
-        admission.check("a", 0.0)
+        admission.knock("a", 0.0)
     assert refused.value.retry_after_s == 10
+
+
+def test_addresses_of_one_network_count_as_one() -> None:
+    assert network("192.0.2.7") == "192.0.2.7"
+    assert network("2001:db8:1:2::5") == network("2001:db8:1:2:ffff::1") != network("2001:db8:1:3::5")
+    assert network("fe80::1%eth0") == network("fe80::2%eth1")
+    assert network("::ffff:192.0.2.7") == "192.0.2.7"

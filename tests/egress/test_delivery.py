@@ -299,7 +299,7 @@ async def test_dead_letter_topic_that_refuses_at_once_costs_the_message_and_noth
     side = make_side(embedded_broker.bootstrap_servers, **{"message.max.bytes": 2000})
 
     def denied(*_: object) -> None:
-        raise KafkaException(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
+        raise KafkaException(KafkaError(KafkaError.MSG_SIZE_TOO_LARGE))
 
     monkeypatch.setattr(side.producer, "queue", denied)
     sender = Sender()

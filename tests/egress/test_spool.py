@@ -213,7 +213,7 @@ async def test_nearly_full_spool_takes_what_still_fits_and_says_what_does_not(di
     settled: list[int] = []
     for number, record in enumerate(numbered(1000)):
         writer.add(replace(record, value=bytes(900)), partial(settled.append, number), not_now)
-    left = await writer.flush(10)
+    left = await writer.flush(trio.current_time() + 10)
     spool.close()
     assert settled == list(range(len(settled))), "in order"
     assert (len(settled) + left, len(writer)) == (1000, left)

@@ -13,7 +13,7 @@ from gateway.ingress.readiness import Readiness
 
 
 class Reader:
-    """A connection that notes what it reads, and raises, pauses or stalls when told to."""
+    """A connection that notes what it hands over, and raises, pauses or stalls when told to."""
 
     backlog = 0
 
@@ -25,6 +25,7 @@ class Reader:
         self.journal = journal
         self.raises: Exception | None = None
         self.stalls = 0
+        self.held = ""
         self.crashed: Exception | None = None
         self.seen = trio.Event()
         self._readiness = readiness
@@ -34,7 +35,10 @@ class Reader:
         if self.raises is not None:
             raise self.raises
         data = self.ours.recv(100).decode()
-        if self.stalls:
+        if self._readiness.paused:
+            self.held += data
+            self._readiness.defer(self)
+        elif self.stalls:
             self.journal.append(f"{self.name} stalls")
             self._readiness.stall(self)
         else:
@@ -44,6 +48,10 @@ class Reader:
     def resume(self) -> None:
         if self.raises is not None:
             raise self.raises
+        if self.held:
+            self.journal.append(f"{self.name}:{self.held}")
+            self.held = ""
+            return
         self.stalls -= 1
         if self.stalls:
             self._readiness.stall(self)
@@ -93,17 +101,42 @@ async def test_an_exception_reaches_its_own_connection_only(
     assert journal == ["second:y"]
 
 
-async def test_while_paused_nobody_is_read(pair: tuple[Readiness, Reader, Reader], journal: list[str]) -> None:
+async def test_while_paused_everybody_is_read_and_nothing_is_handed_over(pair: tuple[Readiness, Reader, Reader], journal: list[str]) -> None:
     readiness, first, second = pair
     readiness.pause()
     first.peer.send(b"x")
     second.peer.send(b"y")
-    await trio.testing.wait_all_tasks_blocked(0.05)
-    assert journal == []
-    readiness.resume()
     await first.seen.wait()
     await second.seen.wait()
+    assert journal == []
+    readiness.resume()
     assert sorted(journal) == ["first:x", "second:y"]
+
+
+async def test_a_connection_that_holds_its_share_is_left_unread_until_it_wants_more(
+    pair: tuple[Readiness, Reader, Reader], journal: list[str]
+) -> None:
+    readiness, first, second = pair
+    readiness.want_read(first, False)
+    first.peer.send(b"x")
+    second.peer.send(b"y")
+    await second.seen.wait()
+    await trio.testing.wait_all_tasks_blocked(0.02)
+    assert (journal, readiness.leaves(first)) == (["second:y"], True)
+    readiness.want_read(first, True)
+    await first.seen.wait()
+    assert journal == ["second:y", "first:x"]
+
+
+async def test_shares_are_equal_and_bounded_by_the_sum(nursery: trio.Nursery, journal: list[str]) -> None:
+    readiness = Readiness(max_held_bytes=400_000)
+    readers = [Reader(readiness, str(number), journal) for number in range(4)]
+    assert readiness.may_hold(99_999)
+    assert not readiness.may_hold(100_000), "a quarter of the sum"
+    readiness.held_bytes = 400_000
+    assert not readiness.may_hold(0), "the sum is used up"
+    for reader in readers:
+        reader.close()
 
 
 async def test_what_stalled_is_handed_over_before_anything_is_read(

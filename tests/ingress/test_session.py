@@ -117,7 +117,7 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
         ack_interval_ms=200,
         reconnect_window_ms=1000,
         notify=lambda session: session.send_notices(),
-        leeway_s=0.0,
+        leeway_s=lambda: 0.0,
         log_refused=RateLimited(lambda event, **fields: made[0].lines.append(fields), trio.current_time),
         log_crash=RateLimited(lambda event, **fields: made[0].crashes.append(fields["exc_info"]), trio.current_time),
     )
@@ -230,12 +230,60 @@ async def test_connection_that_is_cut_off_while_stalled_keeps_what_it_could_not_
 
 async def test_bytes_that_the_peer_takes_during_a_pause_do_not_make_it_a_stalled_peer() -> None:
     async with world() as it:
+        await trio.testing.wait_all_tasks_blocked()
         it.readiness.pause()
         it.session._outbox = bytearray(b"waiting")
         it.session._unsent_since = trio.current_time() - 60
-        it.session.tick(trio.current_time())
+        it.readiness.want_write(it.session, True)
         assert await it.peer.receive_some() == b"waiting"
+        it.session.tick(trio.current_time())
         assert it.session.state == 0
+
+
+async def test_pings_behind_data_are_answered_while_nothing_is_handed_over() -> None:
+    async with world() as it:
+        it.egress.room = 1
+        await it.peer.send_all(frame(0x2, tick(0)) + frame(0x2, tick(1)) + frame(0x2, tick(2)))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert it.readiness.paused
+        await it.peer.send_all(frame(0x2, tick(3)) + frame(0x9, b"there?") + frame(0x2, tick(4)))
+        assert await it.peer.receive_some() == b"\x8a\x06there?"
+        assert len(it.egress.sent) == 1
+        it.egress.room = 10
+        it.readiness.resume()
+        assert it.egress.sent == [tick(number) for number in range(5)]
+
+
+async def test_what_is_held_during_a_pause_is_bounded_and_then_all_of_it_is_handed_over() -> None:
+    async with world() as it:
+        it.readiness.pause()
+        message = MessageEnvelope(
+            message_type="tick_data", user_id="alice", company_id="acme", payload=bytes(4000)
+        ).SerializeToString()
+        accepted = 0
+
+        async def press() -> None:
+            nonlocal accepted
+            while True:
+                await it.peer.send_all(frame(0x2, message))
+                accepted += 1
+
+        it.readiness._max_held_bytes = 200_000
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(press)
+            await trio.testing.wait_all_tasks_blocked(0.2)
+            assert 200_000 <= it.readiness.held_bytes < 250_000
+            assert it.readiness.leaves(it.session)
+            assert it.egress.sent == []
+            it.readiness.resume()
+            sent = accepted
+            while len(it.egress.sent) < sent:
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        while it.readiness.stalled:
+            await trio.lowlevel.checkpoint()
+        assert it.readiness.held_bytes == 0
+        assert not it.readiness.leaves(it.session)
 
 
 async def test_messages_behind_a_ping_that_cannot_be_answered_are_still_taken() -> None:
@@ -248,7 +296,12 @@ async def test_messages_behind_a_ping_that_cannot_be_answered_are_still_taken() 
 
 async def test_messages_behind_a_control_flood_are_not_processed() -> None:
     async with world() as it:
-        await it.peer.send_all(frame(0x2, tick(0)) + frame(0x9) * 21 + frame(0x2, tick(1)))
+        await it.peer.send_all(frame(0x2, tick(0)))
+        for _ in range(10):  # ten reads, each with a second's worth: what one read brings may have gathered
+            await it.peer.send_all(frame(0x9) * 25)
+            await trio.testing.wait_all_tasks_blocked(0.001)
+        assert it.session.state == 0
+        await it.peer.send_all(frame(0x9) * 21 + frame(0x2, tick(1)))
         await it.peer.send_eof()
         await it.done.wait()
         assert it.egress.sent == [tick(0)]

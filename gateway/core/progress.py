@@ -1,0 +1,68 @@
+"""Whether Kafka confirms what it is given: alarms read out of the books, by message type.
+
+A record that is not confirmed is tried for ever, so nothing fails while a topic lacks replicas or a leader; that
+nothing moves is the only sign. A topic that refuses every record is no less useless, and shows in the same figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from gateway.core.books import UNKNOWN_TYPE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gateway.core.books import Tally
+
+STALLED_S: Final = 5.0
+"""Messages in flight and none confirmed for this long: Kafka's own delays are a hundredth of it."""
+REFUSED_MESSAGES: Final = 10
+"""So many refused in a row, and none taken, are not the messages' fault."""
+
+
+@dataclass(slots=True)
+class _Type:
+    settled: int = 0
+    delivered: int = 0
+    refused: int = 0
+    """`Tally` counts when something was last delivered."""
+    moved_at: float = 0.0
+    """When something was last settled, or nothing was in flight."""
+
+
+class Progress:
+    """What `look` saw so far. ``reasons`` are why the gateway is not ready."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, _Type] = {}
+        self.reasons: tuple[str, ...] = ()
+        self.stands_still = False
+        """Something is in flight and nothing at all is confirmed."""
+
+    def look(self, by_type: Mapping[str, Tally], now: float) -> list[str]:
+        """Take the sums of this moment, ``now`` in seconds of any steady clock; return the alarms that are new."""
+        stalled, refusing, moving = [], [], False
+        for message_type, tally in by_type.items():
+            seen = self._types.setdefault(message_type, _Type(moved_at=now))
+            settled = tally.received - tally.in_flight
+            if not tally.in_flight or settled != seen.settled:
+                moving = moving or settled != seen.settled
+                seen.settled, seen.moved_at = settled, now
+            elif now - seen.moved_at >= STALLED_S:
+                stalled.append(message_type)
+            else:
+                moving = True  # for all that is known yet
+            refused = tally.dead_lettered + tally.spooled + tally.dropped
+            if tally.delivered != seen.delivered:
+                seen.delivered, seen.refused = tally.delivered, refused
+            elif message_type != UNKNOWN_TYPE and refused - seen.refused >= REFUSED_MESSAGES:
+                refusing.append(message_type)
+        self.stands_still = bool(stalled) and not moving
+        before = self.reasons
+        self.reasons = (
+            *(f"kafka_stalled: no {message_type} confirmed for {STALLED_S:g} s" for message_type in stalled),
+            *(f"all_records_refused: {message_type}" for message_type in refusing),
+        )
+        return [reason for reason in self.reasons if reason not in before]
