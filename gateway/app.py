@@ -169,6 +169,7 @@ class Gateway:
         self._readiness = Readiness(listen.max_held_bytes)
         self._readiness.timing = lambda duration_s: self._counters.routing_s.observe(duration_s, SAMPLE_MASK + 1)
         self._producer.on_room = self._resume
+        self._delivery.on_parked = lambda: self._sessions.forget_routes()
         self._producer.on_broken = self._readiness.pause
         if self._spool_writer is not None:
             self._spool_writer.on_blocked = self._readiness.pause

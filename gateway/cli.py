@@ -20,11 +20,12 @@ from cyclopts import Parameter
 from pydantic import SecretStr
 
 from gateway import cli_spool, config, devkeys, keys
-from gateway.errors import ConfigError, GatewayError, leaf
+from gateway.errors import ConfigError, GatewayError
 from gateway.orders import Orders
+from gateway.running import run
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Collection, Iterable
 
     from gateway.config import Settings
 
@@ -128,10 +129,10 @@ def serve(
     load = partial(_load, config_file, flags, development=embedded_kafka, instance=instance)
     settings = load()
     if workers > 1:
-        _check_everything(settings)
+        _check_everything(settings, [])
         orders = Orders(config_file=str(config_file) if config_file else None, flags=flags, development=embedded_kafka)
-        return _run(partial(_supervise, settings, workers, orders, load, embedded_kafka))
-    return _run(partial(_serve, settings, load, embedded_kafka, None))
+        return run(partial(_supervise, settings, workers, orders, load, embedded_kafka))
+    return run(partial(_serve, settings, load, embedded_kafka, None))
 
 
 def _serve_as_worker(orders: Orders) -> int:
@@ -140,21 +141,24 @@ def _serve_as_worker(orders: Orders) -> int:
         _load, Path(orders.config_file) if orders.config_file else None, orders.flags, development=orders.development
     )
     try:
-        return _run(partial(_serve, config.restore(orders.settings), load, False, orders.parent))
+        return run(partial(_serve, config.restore(orders.settings), load, False, orders.parent))
     except GatewayError as error:
         _say(*(f"fault: {line}" for line in str(error).splitlines()))
         return 1
 
 
-def _check_everything(settings: Settings) -> None:
-    """Raise ConfigError with every fault that a start would meet one by one."""
+def _check_everything(settings: Settings, skipped: list[str], unseen: Collection[str] = ()) -> None:
+    """Raise ConfigError with every fault that a start would meet one by one; files of ``unseen`` settings are left out.
+
+    Keys that are of no use are added to ``skipped``.
+    """
     from gateway.egress.producer import check_properties
 
     checks: list[Callable[[], object]] = [
-        lambda: keys.token_rules(settings.auth),
-        lambda: keys.tls_context(settings.tls),
+        lambda: keys.token_rules(settings.auth, skipped, unseen),
+        lambda: keys.check_tls(settings.tls, unseen),
         lambda: config.check_descriptors(settings.listen.max_connections),
-        lambda: check_properties(config.kafka_properties(settings.kafka)),
+        lambda: check_properties(config.kafka_properties(settings.kafka, unseen)),
     ]
     faults: list[str] = []
     for check in checks:
@@ -274,17 +278,6 @@ def _give_up_stdout() -> None:
         sys.stdout.flush()
 
 
-def _run(main: Callable[[], Awaitable[int]]) -> int:
-    """Run the Trio program; what was raised on purpose, and Ctrl-C, come out of its nurseries as themselves."""
-    try:
-        return trio.run(main)
-    except BaseExceptionGroup as group:
-        meant, rest = group.split((GatewayError, KeyboardInterrupt, BrokenPipeError))
-        if meant is None or (rest is not None and not group.subgroup(KeyboardInterrupt)):
-            raise
-        raise leaf(meant.subgroup(KeyboardInterrupt) or meant) from None
-
-
 @app.command
 def check_config(file: Path, /, *, sets: Set = ()) -> int:
     """Check a TOML file with everything it names: keys, certificate, Kafka properties. Connects to nothing.
@@ -298,17 +291,14 @@ def check_config(file: Path, /, *, sets: Set = ()) -> int:
     sets
         Settings over it, as SECTION.KEY=VALUE.
     """
-    unseen: list[str] = []
-    settings = config.load(file, _flags(sets=sets), missing_credentials=unseen)
+    unseen: dict[str, str] = {}
+    settings = config.load(file, _flags(sets=sets), unseen=unseen)
+    _warn(f"{setting}: {name} could not be looked at: this is not its unit" for setting, name in unseen.items())
     skipped: list[str] = []
     try:
-        _check_everything(config.without_files(settings, unseen))
-        if not any(name.startswith("auth.") for name in unseen):
-            keys.token_rules(settings.auth, skipped)
+        _check_everything(settings, skipped, unseen)
     except ConfigError as error:
         raise ConfigError([f"{file}: {fault}" for fault in error.faults]) from None
-    finally:
-        _warn(f"{name}: systemd's credential could not be looked at, this is not its unit" for name in unseen)
     _warn(config.warnings(settings))
     _warn(f"{reason}: left out" for reason in skipped)
     print(json.dumps(config.shown(settings), indent=2))
@@ -458,7 +448,7 @@ def stream(
     secret = _token_text(token, token_file)
     pace = Pace(rate=rate, speed=speed, batch=batch)
 
-    async def run() -> int:
+    async def replay_it() -> int:
         done: Summary = await replay(
             ticks,
             url,
@@ -474,7 +464,7 @@ def stream(
         )
         return 1 if done.rejected else 0
 
-    return _run(run)
+    return run(replay_it)
 
 
 @app.command
@@ -500,4 +490,4 @@ def demo(
     """
     from gateway.demo import run_demo
 
-    return _run(partial(run_demo, ticks=ticks, clients=clients, rate=rate, seconds=seconds))
+    return run(partial(run_demo, ticks=ticks, clients=clients, rate=rate, seconds=seconds))

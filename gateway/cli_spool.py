@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from gateway import config
 from gateway.errors import ConfigError, SpoolError
+from gateway.running import run
 
 if TYPE_CHECKING:
     from gateway.config import Settings
@@ -128,7 +129,7 @@ def replay(
         Seconds to wait for Kafka.
     """
     settings, directory = _settings_with_spool(config_file, directory)
-    sent, left = trio.run(_replay, settings, directory, timeout)
+    sent, left = run(_replay, settings, directory, timeout)
     print(f"{directory}: {sent} records offered to Kafka, {left} segments left")
     return 1 if left else 0
 
@@ -168,7 +169,7 @@ async def _replay(settings: Settings, directory: Path, timeout_s: float) -> tupl
                 await Replay(spool, delivery, counters, log).run()
                 polling.cancel_scope.cancel()
         await delivery.give_up()
-        await writer.flush(timeout_s)
+        await writer.flush(trio.current_time() + timeout_s)
         writing.cancel_scope.cancel()
     spool.close()
     log.close()

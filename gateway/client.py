@@ -113,14 +113,14 @@ class Connection:
             message = _control(text)
             kind = message["type"]
             if kind == "rejected":
-                self.rejected += int(message["count"])
-                self.on_rejected(int(message["count"]))
+                self.rejected += _count(message)
+                self.on_rejected(_count(message))
             elif kind in ("degraded", "recovered"):
                 self.degraded = kind == "degraded"
                 if not self.degraded:
                     self.on_recovered()
             elif kind == "ack":
-                self.on_ack(int(message["count"]))
+                self.on_ack(_count(message))
             elif kind == "closing":
                 self.closing = {**message, "reconnect_after_ms": float(message["reconnect_after_ms"])}
         except (KeyError, TypeError, ValueError) as error:
@@ -133,6 +133,14 @@ def _control(text: str | bytes) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError("not a map")  # noqa: TRY004  # a value of the wrong form, like any other here
     return message
+
+
+def _count(message: dict[str, Any]) -> int:
+    """A number of messages. Raises ValueError for what is none."""
+    count = message["count"]
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ValueError(f"count {count!r}")
+    return count
 
 
 def _welcome(text: str | bytes) -> dict[str, Any]:
@@ -420,7 +428,9 @@ class GatewayClient:
 
     def _take_ack(self, count: int) -> None:
         self._backoff.reset()  # it works: not only does it accept connections
-        settled = min(count - self._acked_here, len(self._sent))
+        settled = count - self._acked_here
+        if not 0 <= settled <= len(self._sent):
+            raise ValueError(f"ack of {count} messages, {self._acked_here + len(self._sent)} were sent")
         for _ in range(settled):
             self._sent.popleft()
         self._acked_here = count

@@ -32,7 +32,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from gateway.core.origins import ANY_ORIGIN, check_allowed, check_public
 from gateway.core.principal import ALGORITHMS
 from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes, check_topic
-from gateway.egress.producer import OWN_PROPERTIES
+from gateway.egress.producer import OWN_PROPERTIES, is_own
 from gateway.errors import ConfigError
 
 ENV_PREFIX: Final = "GATEWAY_"
@@ -182,9 +182,11 @@ class KafkaSettings(_Section):
 
     @model_validator(mode="after")
     def _not_ours(self) -> KafkaSettings:
-        taken = sorted(OWN_PROPERTIES.keys() & {*self.properties, *self.property_files})
+        given = {**dict.fromkeys(self.property_files), **self.properties}
+        taken = sorted(name for name, value in given.items() if is_own(name, value))
         if taken:
-            raise ValueError("; ".join(f"properties may not set {name}: {OWN_PROPERTIES[name]}" for name in taken))
+            reasons = (f"properties may not set {name}: {OWN_PROPERTIES[name]}" for name in taken)
+            raise ValueError("; ".join(reasons) + " (kafka.properties, kafka.property_files)")
         return self
 
 
@@ -319,13 +321,13 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def load(
-    path: Path | None, flags: Mapping[str, Any] | None = None, *, missing_credentials: list[str] | None = None
+    path: Path | None, flags: Mapping[str, Any] | None = None, *, unseen: dict[str, str] | None = None
 ) -> Settings:
     """Read the settings; raises ConfigError with every fault.
 
     ``flags`` maps dotted paths (``listen.port``) to values and wins over environment and file. Outside a unit, where
-    systemd has put no credentials, a setting that names one is a fault; or its path is added to
-    ``missing_credentials``, and the setting keeps the name.
+    systemd has put no credentials, a setting that names one is a fault; or it is added to ``unseen``, path and name,
+    and keeps the name.
     """
     file_values = read_toml(path) if path is not None else {}
     faults = _unknown_environment()
@@ -358,7 +360,7 @@ def load(
         raise ConfigError([*faults, f"environment: {error}"]) from None
     if faults:
         raise ConfigError(sorted(faults))
-    return _with_paths(settings, path.parent if path is not None else Path(), missing_credentials)
+    return _with_paths(settings, path.parent if path is not None else Path(), unseen)
 
 
 def warnings(settings: Settings) -> list[str]:
@@ -378,18 +380,6 @@ def for_instance(settings: Settings, instance: int) -> Settings:
     if port > MAX_PORT:
         raise ConfigError([f"sidecar.port: {settings.sidecar.port} and --instance {instance} are over {MAX_PORT}"])
     return settings.model_copy(update={"sidecar": settings.sidecar.model_copy(update={"port": port})})
-
-
-def without_files(settings: Settings, names: Collection[str]) -> Settings:
-    """The settings less the files that are named: what can be checked of them."""
-    tls, auth, kafka = settings.tls, settings.auth, settings.kafka
-    if any(name.startswith("tls.") for name in names):
-        tls = TlsSettings()
-    if any(name.startswith("auth.") for name in names):
-        auth = AuthSettings(secret=SecretStr("x" * MIN_SECRET_BYTES))
-    files = {name: file for name, file in kafka.property_files.items() if f"kafka.property_files.{name}" not in names}
-    kafka = kafka.model_copy(update={"property_files": files})
-    return settings.model_copy(update={"tls": tls, "auth": auth, "kafka": kafka})
 
 
 _SECRET_PROPERTIES: Final = re.compile(r"passw|passphrase|secret|\.pem\Z|jaas|oauthbearer\.config|_key\Z")
@@ -454,7 +444,7 @@ def copied_by_systemd(settings: Settings) -> list[str]:
         "auth.jwks_file": settings.auth.jwks_file,
         **{f"auth.public_keys.{index}.file": key.file for index, key in enumerate(settings.auth.public_keys)},
     }
-    return [name for name, file in files.items() if file is not None and Path(file).is_relative_to(directory)]
+    return [name for name, file in files.items() if file is not None and Path(file).parent == Path(directory)]
 
 
 def _fault(location: tuple[int | str, ...], message: str, kind: str) -> str:
@@ -488,7 +478,7 @@ def _is_other(name: str) -> bool:
     return "__" not in name and name.upper() not in _ENVIRONMENT and name not in OTHER_ENVIRONMENT
 
 
-def _with_paths(settings: Settings, directory: Path, missing_credentials: list[str] | None) -> Settings:
+def _with_paths(settings: Settings, directory: Path, unseen: dict[str, str] | None) -> Settings:
     """The settings with every file name made whole. Raises ConfigError for a credential that is not there."""
     faults: list[str] = []
 
@@ -498,8 +488,8 @@ def _with_paths(settings: Settings, directory: Path, missing_credentials: list[s
         if not name.startswith(CREDENTIAL):
             return str(directory / name)
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-        if credentials is None and missing_credentials is not None:
-            missing_credentials.append(where)
+        if credentials is None and unseen is not None:
+            unseen[where] = name
             return name
         if credentials is None:
             faults.append(f"{where}: {name} needs systemd's LoadCredential= (CREDENTIALS_DIRECTORY is not set)")
@@ -543,14 +533,20 @@ def _with_paths(settings: Settings, directory: Path, missing_credentials: list[s
     return settings
 
 
-def kafka_properties(settings: KafkaSettings) -> dict[str, _Property]:
-    """What librdkafka is given: properties, contents of ``property_files``, the queue's bounds. Raises ConfigError."""
+def kafka_properties(settings: KafkaSettings, unseen: Collection[str] = ()) -> dict[str, _Property]:
+    """What librdkafka is given: properties, contents of ``property_files``, the queue's bounds. Raises ConfigError.
+
+    Files whose settings are ``unseen`` are not read; something stands in for them.
+    """
     properties = {
         **settings.properties,
         "queue.buffering.max.messages": settings.max_queued_messages,
         "queue.buffering.max.kbytes": settings.max_queued_bytes // COPIES // 1024,
     }
     for name, file in settings.property_files.items():
+        if f"kafka.property_files.{name}" in unseen:
+            properties[name] = "unseen"
+            continue
         try:
             value = without_line_ending(Path(file).read_bytes()).decode()
             if "\0" in value:

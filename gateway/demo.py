@@ -94,13 +94,14 @@ class Progress:
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value, in the order they are shown."""
+        arrived = self.arrivals.distinct  # before what was sent: it grows meanwhile
         messages = self.health.get("messages", {})
         balance = messages.get("imbalance")
         return [
             ("connections", f"{self.connected:,}"),
             ("messages/s", f"{self.rate:,.0f}"),
             ("sent", f"{self.sent:,}"),
-            ("in Kafka", f"{self.arrivals.distinct:,}"),
+            ("in Kafka", f"{arrived:,}"),
             ("p50 to Kafka", f"{self.arrivals.percentile(0.50):.1f} ms"),
             ("p99 to Kafka", f"{self.arrivals.percentile(0.99):.1f} ms"),
             ("dead letters", f"{messages.get('dead_lettered', 0):,}"),
@@ -323,8 +324,8 @@ async def _one_client(
                     time.time_ns() // 1_000_000,
                     f"{number}:{count}:{time.monotonic_ns()}",
                 )
+                progress.sent += 1  # before it is: it may be in Kafka before `send` returns
                 await connection.send(message)
-                progress.sent += 1
             finished = True
     except* (ClientError, OSError, trio.TooSlowError) as group:
         if not finished:  # how a connection ends does not matter: the consumer counts what arrived
@@ -339,7 +340,7 @@ async def _show_while(progress: Progress, sidecar: str, work: Any) -> None:
     """Run ``work`` beside the view: live on a terminal, a line a second without one."""
     console = Console()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_watch, progress, sidecar)
+        await nursery.start(_watch, progress, sidecar)
         if console.is_terminal:
             nursery.start_soon(_live, progress, console)
         else:
@@ -348,23 +349,31 @@ async def _show_while(progress: Progress, sidecar: str, work: Any) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def _watch(progress: Progress, sidecar: str) -> None:
-    """Once a second: the rate, and what the daemon's own books say."""
-    host, _, port = sidecar.removeprefix("http://").rpartition(":")
+async def _watch(
+    progress: Progress, sidecar: str, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Once a second: the rate, and what the daemon's own books say; started once they have said something."""
+    await _ask(progress, sidecar)
+    task_status.started()
     before, at = progress.arrivals.distinct, trio.current_time()
     while True:
         await trio.sleep(1.0)
         now = trio.current_time()
         progress.rate = (progress.arrivals.distinct - before) / (now - at)
         before, at = progress.arrivals.distinct, now
-        try:
-            stream = await trio.open_tcp_stream(host, int(port))
-            async with stream:
-                await stream.send_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                answer = b"".join([data async for data in stream])
-            progress.health = json.loads(answer.partition(b"\r\n\r\n")[2])
-        except (OSError, ValueError):
-            progress.health = {}
+        await _ask(progress, sidecar)
+
+
+async def _ask(progress: Progress, sidecar: str) -> None:
+    """Take the daemon's health; what it said last stays when it does not answer."""
+    host, _, port = sidecar.removeprefix("http://").rpartition(":")
+    try:
+        async with await trio.open_tcp_stream(host, int(port)) as stream:
+            await stream.send_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = b"".join([data async for data in stream])
+        progress.health = json.loads(answer.partition(b"\r\n\r\n")[2])
+    except (OSError, ValueError, trio.BrokenResourceError):
+        return
 
 
 async def _live(progress: Progress, console: Console) -> None:

@@ -18,33 +18,40 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurv
 from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from cryptography.x509 import load_pem_x509_certificate
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from cryptography.x509 import load_pem_x509_certificate, load_pem_x509_certificates
 
 from gateway.config import BYTE_ORDER_MARK, MIN_SECRET_BYTES, without_line_ending
 from gateway.core.principal import TokenRules, VerifyKey
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from gateway.config import AuthSettings, TlsSettings
 
 _MIN_RSA_BITS = 2048  # RFC 7518 3.3
 
 
-def token_rules(settings: AuthSettings, skipped: list[str] | None = None) -> TokenRules:
-    """Load every configured key. Raises ConfigError with all that cannot be used.
+def token_rules(settings: AuthSettings, skipped: list[str] | None = None, unseen: Collection[str] = ()) -> TokenRules:
+    """Load every configured key but those whose settings are ``unseen``. Raises ConfigError with all that is unusable.
 
     Keys of a JWKS that are of no use here are no fault (RFC 7517 5); why they were left out is added to ``skipped``.
     """
     faults: list[str] = []
     keys: list[VerifyKey] = []
     left_out = [] if skipped is None else skipped
-    for load in (_secret, _public_keys, partial(_jwks, left_out)):
+    loads: dict[str, Callable[[AuthSettings], list[VerifyKey]]] = {
+        "auth.secret_file": _secret,
+        **{f"auth.public_keys.{at}.file": partial(_public_key, at) for at in range(len(settings.public_keys))},
+        "auth.jwks_file": partial(_jwks, left_out),
+    }
+    for setting, load in loads.items():
         try:
-            keys += load(settings)
+            keys += load(settings) if setting not in unseen else []
         except ConfigError as error:
             faults += error.faults
-    for algorithm in settings.algorithms:
+    for algorithm in settings.algorithms if not loads.keys() & set(unseen) else ():
         if not faults and not any(key.algorithm == algorithm for key in keys):
             faults.append(f"auth.algorithms: no key for {algorithm}")
     if faults:
@@ -85,22 +92,20 @@ def _read(where: str, path: str) -> bytes:
         raise ConfigError([f"{where}: {getattr(error, 'strerror', None) or error}"]) from error
 
 
-def _public_keys(settings: AuthSettings) -> list[VerifyKey]:
-    keys = []
-    for index, entry in enumerate(settings.public_keys):
-        where = f"auth.public_keys.{index}.file: {entry.file}"
-        pem = _read(where, entry.file)
-        if pem.count(b"-----BEGIN ") > 1:
-            raise ConfigError([f"{where}: holds more than one PEM block; give each key an entry and a file of its own"])
-        try:
-            if b"BEGIN CERTIFICATE" in pem:
-                key: Any = load_pem_x509_certificate(pem).public_key()
-            else:
-                key = load_pem_public_key(pem)
-        except (ValueError, UnsupportedAlgorithm) as error:
-            raise ConfigError([f"{where}: not a PEM public key"]) from error
-        keys.append(_bind(where, key, entry.kid, settings))
-    return keys
+def _public_key(index: int, settings: AuthSettings) -> list[VerifyKey]:
+    entry = settings.public_keys[index]
+    where = f"auth.public_keys.{index}.file: {entry.file}"
+    pem = _read(where, entry.file)
+    if pem.count(b"-----BEGIN ") > 1:
+        raise ConfigError([f"{where}: holds more than one PEM block; give each key an entry and a file of its own"])
+    try:
+        if b"BEGIN CERTIFICATE" in pem:
+            key: Any = load_pem_x509_certificate(pem).public_key()
+        else:
+            key = load_pem_public_key(pem)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError([f"{where}: not a PEM public key"]) from error
+    return [_bind(where, key, entry.kid, settings)]
 
 
 def _jwks(skipped: list[str], settings: AuthSettings) -> list[VerifyKey]:
@@ -185,3 +190,21 @@ def tls_context(settings: TlsSettings) -> ssl.SSLContext | None:
             [f"tls: {settings.cert_file} and {settings.key_file} are no certificate with its key: {reason}"]
         ) from error
     return context
+
+
+def check_tls(settings: TlsSettings, unseen: Collection[str] = ()) -> None:
+    """Check the certificate and its key, or that of both which is not ``unseen``. Raises ConfigError."""
+    if "tls.cert_file" not in unseen and "tls.key_file" not in unseen:
+        tls_context(settings)
+    elif "tls.cert_file" not in unseen and settings.cert_file is not None:
+        where = f"tls.cert_file: {settings.cert_file}"
+        try:
+            load_pem_x509_certificates(_read(where, settings.cert_file))
+        except ValueError as error:
+            raise ConfigError([f"{where}: not a PEM certificate"]) from error
+    elif "tls.key_file" not in unseen and settings.key_file is not None:
+        where = f"tls.key_file: {settings.key_file}"
+        try:
+            load_pem_private_key(_read(where, settings.key_file), password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise ConfigError([f"{where}: not a PEM private key without a password"]) from error

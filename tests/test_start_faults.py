@@ -194,7 +194,9 @@ def test_variables_that_look_like_settings_and_are_none_are_refused(toml: Path) 
     done = gateway("check-config", str(toml), environment={**KUBERNETES, **dict.fromkeys(names, "1")})
     for name in names:
         check_fault(done, name)
-    assert not any(name in line for line in said(done) for name in KUBERNETES if "warning" not in line), done.stderr
+    assert not any(f"{name}:" in line for line in said(done) for name in KUBERNETES if "warning" not in line), (
+        done.stderr
+    )
 
 
 def test_variable_in_lower_case_counts_like_any_other(toml: Path) -> None:
@@ -401,7 +403,6 @@ def test_origins_are_compared_as_browsers_mean_them(start_daemon: Callable[..., 
     for origin, expected in {
         "https://slash.example": 101,
         "https://upper.example": 101,
-        "HTTPS://UPPER.EXAMPLE": 101,
         "https://plain.example": 101,
         "https://plain.example:443": 101,
         "https://port.example": 101,
@@ -835,9 +836,11 @@ def test_reload_names_what_systemd_copied_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "tls-key").write_bytes(issued.private_key_pem.bytes())
     key = rsa.generate_private_key(65537, 2048).public_key()
     (tmp_path / "jwks").write_text(json.dumps({"keys": [as_jwk("RS256", key, "good")]}))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "server.pem").rename(tmp_path / "elsewhere" / "server.pem")
     daemon = Daemon(
         settings={
-            "tls.cert_file": str(tmp_path / "server.pem"),
+            "tls.cert_file": str(tmp_path / "elsewhere" / "server.pem"),
             "tls.key_file": "credential:tls-key",
             "auth.secret_file": "credential:jwt-secret",
             "auth.algorithms": ["HS256", "RS256"],

@@ -21,6 +21,8 @@ def normal_host(host: str) -> str:
 
 def _bare(origin: str) -> SplitResult | None:
     """The parts of an Origin, with a scheme or without, None for what is none. A single trailing slash is no path."""
+    if origin.startswith("//"):
+        return None
     try:
         url = urlsplit(origin if "//" in origin else f"//{origin}")
         url.port  # noqa: B018  # raises for a port that is no number

@@ -19,6 +19,10 @@ class QueueFull(Exception):  # a condition the caller waits out, not an error
     """The producer's queue has no room; the message was not taken and must be offered again."""
 
 
+class Parked(QueueFull):
+    """Only this connection has to wait: its user's partition takes nothing at the moment. `Origin.go_on` ends it."""
+
+
 class Origin(Protocol):
     """The connection a message came from, as delivery reports and dead letters need it."""
 
@@ -34,6 +38,12 @@ class Origin(Protocol):
 
     def note_rejected(self, reason: str, index: int, /) -> None:
         """Message ``index`` of this connection has become a dead letter, or was dropped."""
+
+    def wait_alone(self) -> None:
+        """Hand over nothing until `go_on`: this user's partition takes nothing at the moment."""
+
+    def go_on(self) -> None:
+        """Hand over what has gathered since `wait_alone`."""
 
 
 class Lane(Protocol):

@@ -175,10 +175,15 @@ def _no_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _no_constant(name: str) -> None:
+    """NaN and infinities, which Python reads, are not JSON (RFC 8259 6)."""
+    raise ValueError(name)
+
+
 def _read_object(segment: str, malformed: str, repeated: str) -> dict[str, Any]:
     """The JSON object in a token's segment: UTF-8 and nothing else (RFC 7519 7.1). Raises InvalidToken."""
     try:
-        found = json.loads(_base64url(segment).decode(), object_pairs_hook=_no_repeats)
+        found = json.loads(_base64url(segment).decode(), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
     except _Repeated:
         raise InvalidToken(repeated) from None
     except (ValueError, RecursionError):

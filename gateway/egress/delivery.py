@@ -22,10 +22,11 @@ from google.protobuf.message import DecodeError
 
 from gateway import refusals
 from gateway.core.books import UNKNOWN_TYPE
-from gateway.core.ports import QueueFull
+from gateway.core.ports import Parked, QueueFull
 from gateway.egress.deadletter import headers
 from gateway.egress.failures import Fault, fault_of, may_be_written, refuses_record
 from gateway.egress.inflight import SAMPLE_MASK, Lane, Report
+from gateway.egress.parking import Parking
 from gateway.egress.spool import Record
 from gateway.egress.spooling import SpooledOrigin
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from gateway.core.ports import Origin
     from gateway.core.routing import Routes
     from gateway.egress.inflight import Headers
+    from gateway.egress.parking import TopicPartition
     from gateway.egress.producer import KafkaProducer, Produce
     from gateway.egress.spooling import SpoolWriter
     from gateway.telemetry.logging import RateLimited
@@ -85,12 +87,18 @@ class Delivery:
         self._returned: dict[Lane, None] = {}
         self._handed_back: list[_Onward] = []
         self._deferred: deque[_Onward] = deque()
+        self._parking = Parking(producer.partition_counts)
+        self._parked: deque[_Onward] = deque()
+        self.on_parked: Callable[[], None] = lambda: None
+        """Sessions are to open their lanes anew: other partitions are parked now."""
         producer.after_poll = self._retry_deferred
+        producer.on_unwritable = self._park
 
     def __len__(self) -> int:
         """Messages that Kafka has not answered for and that are not in the spool's hands."""
         returned = sum(lane.returned for lane in self._returned)
-        return len(self._producer) + returned + len(self._handed_back) + len(self._deferred)
+        waiting = returned + len(self._handed_back) + len(self._deferred) + len(self._parked)
+        return len(self._producer) + waiting
 
     # The Egress port
 
@@ -106,11 +114,14 @@ class Delivery:
             return None
         tally = self._books.tally(origin.principal.company_id, message_type)
         beside = next((other for other in others if other.plain and other.topic == topic), None)
-        return Lane(self, origin, topic, tally, acked=acked, beside=beside)
+        lane = Lane(self, origin, topic, tally, acked=acked, beside=beside)
+        if self._parking.find(topic, origin.principal.user_id.encode()):
+            lane.plain = False  # `send` has a look at each message then
+        return lane
 
     def send(self, lane: Lane, origin: Origin, raw: bytes, stamp: bytes, index: int) -> None:
         """Queue ``raw + stamp`` and count it. Raises QueueFull."""
-        self._check_turn()
+        self._check_turn(origin, lane.topic)
         if self._given_up:
             self._put_aside(Report(self, origin, lane.tally, raw, index, stamp), lane.topic, raw + stamp, False)
         else:
@@ -125,7 +136,7 @@ class Delivery:
 
     def dead_letter(self, origin: Origin, raw: bytes, reason: str, index: int) -> None:
         """Queue ``raw`` for the dead-letter topic and count it. Raises QueueFull."""
-        self._check_turn()
+        self._check_turn(origin, self.routes.dead_letter)
         tally = self._books.tally(origin.principal.company_id, UNKNOWN_TYPE)
         self._queue_dead_letter(Report(self, origin, tally, raw, index), reason)
         _count_received(tally, raw)
@@ -134,7 +145,7 @@ class Delivery:
 
     def replay(self, record: Record, origin: SpooledOrigin) -> None:
         """Queue a spooled record again and count it as received. Raises QueueFull."""
-        self._check_turn()
+        self._check_turn(origin, record.topic)
         tally = self._books.tally(record.company_id, record.message_type)
         raw = record.value[: record.original_bytes]
         report = Report(self, origin, tally, raw, 1)
@@ -155,6 +166,7 @@ class Delivery:
         self._producer.take_nothing_new()
         await self._producer.purge()
         self._take_back()
+        self._park(frozenset())
         while self._deferred:
             for _ in range(min(len(self._deferred), GIVE_UP_RECORDS)):
                 self._deferred.popleft().go()
@@ -219,16 +231,27 @@ class Delivery:
 
     # Onward
 
-    def _check_turn(self) -> None:
-        """Raise QueueFull while older messages wait for room: nothing new may overtake them."""
+    def _check_turn(self, origin: Origin, topic: str) -> None:
+        """Raise QueueFull while older messages wait for room: nothing new may overtake them.
+
+        Parked when only those of the user's own partition do.
+        """
+        partition = self._parking.find(topic, origin.principal.user_id.encode()) if self._parking else None
+        if partition is not None and not self._given_up:
+            self._parking.add_waiter(partition, origin)
+            raise Parked
         if self._deferred or self._handed_back or self._returned:
             self._producer.note_full()
             raise QueueFull
 
     def _produce(self, report: Report, topic: str, value: bytes, uncertain: bool = False) -> None:
         """Queue a record or a dead letter. Raises QueueFull, and KafkaException for what Kafka can never take."""
+        partition = self._parking.find(topic, report.origin.principal.user_id.encode()) if self._parking else None
         if self._given_up:
             self._put_aside(report, topic, value, uncertain)
+        elif partition is not None:
+            self._parking.add_waiter(partition, report.origin)
+            self._parked.append(_Onward(report, topic, partial(self._produce, report, topic, value, uncertain)))
         else:
             # A dead letter's CreateTime is now, or brokers that are strict about it would refuse it for ever.
             received_at_ms = report.received_at_ms if report.headers is None else 0
@@ -373,6 +396,20 @@ class Delivery:
                 self._refused(onward.report, onward.topic, error.args[0])
             deferred.popleft()
         return False
+
+    def _park(self, partitions: frozenset[TopicPartition]) -> None:
+        """Park these partitions, and reopen those that are not among them: what was parked goes first, in order."""
+        for partition in partitions - self._parking.partitions:
+            self._parking.park(partition)
+        waiters = [
+            waiter for partition in self._parking.partitions - partitions for waiter in self._parking.reopen(partition)
+        ]
+        self._handed_back += self._parked
+        self._parked.clear()
+        self._take_back()
+        self.on_parked()
+        for waiter in waiters:
+            waiter.go_on()  # behind what was parked: `_check_turn`
 
     def _take_back(self) -> None:
         """Put what the producer handed back, and what still waits, into the order in which it came."""

@@ -22,6 +22,7 @@ class Fault(Enum):
     TOPIC = "the topic's: it is not there, or may not be written to, for now"
     BATCH = "the batch's: together its records are more than the topic takes at once"
     NEIGHBOUR = "another record's in the same batch"
+    PARTITION = "a partition's: it takes nothing, and what waits for it has filled the queue"
 
 
 _FAULTS: Final = {

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -36,6 +37,7 @@ from gateway.threads import in_thread
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gateway.egress.parking import TopicPartition
     from gateway.telemetry.logging import Log
     from gateway.telemetry.metrics import Counters
 
@@ -52,6 +54,10 @@ PROBE_PAUSE_S: Final = 1.0
 """Between asking a cluster that did not answer."""
 STATISTICS_INTERVAL_MS: Final = 5000
 """Only for `STUCK_MS`: with thousands of partitions one document is megabytes long."""
+FULL_S: Final = 1.0
+"""How long the queue is full before partitions that take nothing are looked for, and between two looks."""
+IN_FLIGHT_S: Final = 5.0
+"""How long what other partitions are about to confirm is waited for before what they do not take is taken back."""
 LIMITS_TIMEOUT_S: Final = 3.0
 BATCH_OVERHEAD_BYTES: Final = 512
 """Kept free of a topic's max.message.bytes: the record batch's header (61 bytes, Kafka protocol guide) and room."""
@@ -160,6 +166,14 @@ class KafkaProducer:
         self._topics_doubtful = False
         self._limits_wanted = False
         self._suspicion = trio.Event()
+        self.partition_counts: dict[str, int] = {}
+        """How many partitions each topic has, as far as that has been asked."""
+        self._min_isr: dict[str, int] = {}
+        self.unwritable: frozenset[TopicPartition] = frozenset()
+        """Partitions that take nothing while others do, once they had filled the queue."""
+        self.on_unwritable: Callable[[frozenset[TopicPartition]], None] = lambda partitions: None
+        """Told of ``unwritable`` whenever it has changed, before anything is queued again."""
+        self._look_at = math.inf
         self._said_unreachable = False
         self._failures = 0
         self._counters = counters
@@ -236,6 +250,7 @@ class KafkaProducer:
         self._room_at = int(len(self._producer) * ROOM_AGAIN)
         if not self.full:
             self.full = True
+            self._look_at = trio.current_time() + FULL_S
             self._counters.pauses += 1
 
     def sends_alone(self, size: int) -> bool:
@@ -299,6 +314,8 @@ class KafkaProducer:
                 self.poll()
                 if self.broken:
                     await self._renew(nursery)
+                elif (self.full or self.unwritable) and trio.current_time() >= self._look_at:
+                    await self._look_at_partitions()
                 if trio.current_time() >= self._not_authorised_until:
                     self.not_authorised, self._not_authorised_until = (), math.inf
                 await trio.sleep(POLL_BUSY_S if len(self._producer) else POLL_QUIET_S)
@@ -331,6 +348,32 @@ class KafkaProducer:
         self._counters.renewals += 1
         self._log.warning("another producer has taken over")
 
+    async def _look_at_partitions(self) -> None:
+        """See which partitions take nothing; when that has changed, say so, and take back what they keep."""
+        self._look_at = trio.current_time() + FULL_S
+        try:
+            counts, unwritable = await in_thread(
+                partial(_unwritable, self._producer, list(self._topics), dict(self._min_isr)), abandon_on_cancel=True
+            )
+        except (KafkaException, NoThread):
+            return
+        self.partition_counts.update(counts)
+        if len(unwritable) == sum(counts.values()):
+            return  # an outage: everybody waits
+        if unwritable == self.unwritable or not (unwritable or self.unwritable):
+            return
+        names = ", ".join(f"{topic}/{number}" for topic, number in sorted(unwritable))
+        self._log.warning("partitions that take nothing", partitions=names)
+        more = unwritable - self.unwritable
+        self.unwritable = unwritable
+        if more and self.full:
+            self.note_broken(f"{names} take nothing", Fault.PARTITION)
+            self._purge(in_flight=False)
+            with trio.move_on_after(IN_FLIGHT_S):
+                while len(self._producer):
+                    await self._poll_for(POLL_BUSY_S)
+        self.on_unwritable(unwritable)
+
     async def _discard(self, another: Producer, nursery: trio.Nursery) -> None:
         """Put ``another`` in the old producer's place."""
         old = [self._producer]
@@ -345,10 +388,10 @@ class KafkaProducer:
 
         nursery.start_soon(let_go)
 
-    def _purge(self) -> None:
+    def _purge(self, *, in_flight: bool = True) -> None:
         """Give up on all records; their reports come at the next polls. Waits for none of librdkafka's threads."""
         try:
-            self._producer.purge(blocking=False)
+            self._producer.purge(in_flight=in_flight, blocking=False)
         except KafkaException as error:
             self._log.error("purge failed", error=str(error))
 
@@ -389,7 +432,9 @@ class KafkaProducer:
         found = {}
         for resource, answer in admin.describe_configs(wanted, request_timeout=LIMITS_TIMEOUT_S).items():
             try:
-                found[resource.name] = int(answer.result(2 * LIMITS_TIMEOUT_S)["max.message.bytes"].value)
+                topic = answer.result(2 * LIMITS_TIMEOUT_S)
+                self._min_isr[resource.name] = int(topic["min.insync.replicas"].value)
+                found[resource.name] = int(topic["max.message.bytes"].value)
             except (KafkaException, KeyError, TypeError, ValueError, TimeoutError):
                 continue
         return found
@@ -516,12 +561,43 @@ def open_producer(properties: Mapping[str, Any]) -> Producer:
 
 
 def check_properties(properties: Mapping[str, str | int | float | bool]) -> None:
-    """Let librdkafka judge the properties without a broker's address: it connects to nothing. Raises StartupError."""
-    open_producer({**PROPERTIES, **properties, "log_level": 0})
+    """Let librdkafka judge the properties without connecting to anything. Raises StartupError.
+
+    It gets no broker's address, and no method of its own to fetch tokens (OIDC), which it would use at once.
+    """
+    offline: dict[str, Any] = {**PROPERTIES, **properties, "log_level": 0}
+    if "sasl.oauthbearer.method" in offline:
+        offline |= {"sasl.oauthbearer.method": "default", "oauth_cb": lambda _: ("none", time.time() + 60)}
+    open_producer(offline)
+
+
+def is_own(name: str, value: str | float | bool | None) -> bool:
+    """Whether ``[kafka.properties]`` may not set ``name``; to the value that it has anyway it may. None is unknown."""
+    mine = PROPERTIES.get(name)
+    if name not in OWN_PROPERTIES or mine is None or value is None:
+        return name in OWN_PROPERTIES
+    given = str(value).lower()
+    if isinstance(mine, bool):
+        given = {"t": "true", "1": "true", "f": "false", "0": "false"}.get(given, given)
+    return given != str(mine).lower()
 
 
 def _ask(producer: Producer, topic: str | None) -> None:
     producer.list_topics(topic, timeout=PROBE_TIMEOUT_S)
+
+
+def _unwritable(
+    producer: Producer, topics: list[str], min_isr: Mapping[str, int]
+) -> tuple[dict[str, int], frozenset[TopicPartition]]:
+    """How many partitions the topics have, and which have no leader or too few replicas in sync."""
+    counts, found = {}, set()
+    for topic in topics:
+        partitions = producer.list_topics(topic, timeout=METADATA_TIMEOUT_S).topics[topic].partitions
+        counts[topic] = len(partitions)
+        for number, partition in partitions.items():
+            if partition.leader < 0 or len(partition.isrs) < min_isr.get(topic, 1):
+                found.add((topic, number))
+    return counts, frozenset(found)
 
 
 def _unusable(producer: Producer, topics: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -224,6 +224,12 @@ class SpooledOrigin:
     def note_rejected(self, reason: str, index: int) -> None:
         """There is nobody to tell."""
 
+    def wait_alone(self) -> None:
+        """There is nobody to wait: the record itself does."""
+
+    def go_on(self) -> None:
+        """See `wait_alone`."""
+
     def keep(self) -> None:
         """The record is given up here: the spool still has it."""
         self.segment.keep()

@@ -26,7 +26,7 @@ from gateway.core.envelope import (
     repeats,
     tracing_stamp,
 )
-from gateway.core.ports import QueueFull
+from gateway.core.ports import Parked, QueueFull
 from gateway.errors import NotAnEnvelope
 from gateway.ingress import frames
 from gateway.ingress.connection import ENDED, OPEN, Connection
@@ -50,6 +50,10 @@ RESUMED_MESSAGES: Final = 256
 """Messages of a backlog handed over before another connection's turn: about a millisecond."""
 ITEM_BYTES: Final = 64
 """What a message in a backlog takes beside its bytes."""
+
+
+class _Alone(list["Item"]):
+    """What waits for its user's partition, and for nobody else's."""
 
 
 def _weight(item: Item) -> int:
@@ -81,6 +85,7 @@ class Session(Connection):
 
     __slots__ = (
         "_acks",
+        "_alone",
         "_announced",
         "_backlog",
         "_context",
@@ -118,6 +123,7 @@ class Session(Connection):
         self._last_pattern = NO_PATTERN
         self._backlog: deque[Item] | None = None
         self._held_bytes = 0
+        self._alone = False
         self._rejections: dict[str, tuple[int, int]] | None = None
         self.connection_id = connection_id
         self.principal = principal
@@ -204,6 +210,8 @@ class Session(Connection):
                 lane = None
             try:
                 self._route(item)
+            except Parked:  # only this connection waits, until `go_on`
+                return _Alone([item, *rest])
             except QueueFull:
                 return [item, *rest]
         return ()
@@ -214,7 +222,10 @@ class Session(Connection):
             self._backlog = deque()
         self._backlog.extendleft(reversed(items))
         self._note_held(sum(_weight(item) for item in items))
-        self._readiness.stall(self)
+        if not isinstance(items, _Alone):
+            self._readiness.stall(self)
+        elif not self._alone:  # it has been let go on meanwhile
+            self._readiness.defer(self)
 
     def _plain_lane(self, raw: bytes) -> Lane | None:
         """The lane of a message that may go out as it came, None for any other. Raises DecodeError."""
@@ -316,6 +327,19 @@ class Session(Connection):
         self._backlog = None
         self._readiness.want_read(self, True)
         self._wake()
+
+    def wait_alone(self) -> None:
+        """This user's partition takes nothing: hold what comes; nobody else waits with it."""
+        self._alone = True
+        if self._backlog is None:
+            self._backlog = deque()
+        self.tell_degraded(True)
+
+    def go_on(self) -> None:
+        """Hand over what has gathered, when it is this connection's turn."""
+        self._alone = False
+        self._readiness.defer(self)
+        self.tell_degraded(False)
 
     @property
     def backlog(self) -> int:

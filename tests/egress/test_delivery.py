@@ -44,6 +44,12 @@ class Sender:
         self.rejected: list[tuple[str, int]] = []
         self.lanes: dict[str, Lane] = {}
 
+    def wait_alone(self) -> None:
+        self.waiting_alone = True
+
+    def go_on(self) -> None:
+        self.waiting_alone = False
+
     def settle(self, index: int, /) -> None:
         self.settled.append(index)
 
