@@ -1091,7 +1091,7 @@ def test_bytes_balance_when_messages_are_stamped(start_daemon: Callable[..., Dae
     )
     assert page.messages("dead_lettered") == 14
     assert unplaced_bytes(page) == 0, page.bytes_of()
-    assert page.total("gateway_books_bytes_imbalance") == 0
+    assert page.total("gateway_books_imbalance_bytes") == 0
     assert page.total("gateway_message_bytes_in_flight") == 0
 
 
@@ -1102,7 +1102,7 @@ def test_bytes_balance_while_kafka_is_away_and_through_the_spool(
 
     def balanced(page: Page) -> None:
         assert unplaced_bytes(page) == page.total("gateway_message_bytes_in_flight"), page.bytes_of()
-        assert page.total("gateway_books_bytes_imbalance") == 0
+        assert page.total("gateway_books_imbalance_bytes") == 0
 
     with RawClient(daemon.url) as client:
         client.upgrade(daemon.token("alice"))

@@ -20,7 +20,7 @@ def normal_host(host: str) -> str:
 
 
 def _bare(origin: str) -> SplitResult | None:
-    """The parts of an Origin, with a scheme or without, None for what is none. A single trailing slash is no path."""
+    """The parts of an Origin, with a scheme or without, None for what is none."""
     if origin.startswith("//"):
         return None
     try:
@@ -28,7 +28,7 @@ def _bare(origin: str) -> SplitResult | None:
         url.port  # noqa: B018  # raises for a port that is no number
     except ValueError:
         return None
-    more = url.path not in ("", "/") or "@" in url.netloc or "?" in origin or "#" in origin
+    more = url.path or "@" in url.netloc or "?" in origin or "#" in origin
     return None if more or not url.hostname else url
 
 
@@ -49,8 +49,9 @@ def check_allowed(origin: str) -> str:
 
 
 def check_public(origin: str) -> str:
-    """An http or https Origin in its one form. Raises ValueError for what no browser ever sends."""
-    found = normal(origin)
+    """An http or https Origin in its one form; one slash behind it is forgiven. Raises ValueError for what no browser
+    ever sends."""
+    found = normal(origin.removesuffix("/"))
     if found is None or not found.startswith(("http://", "https://")) or "*" in found or not found.isascii():
         raise ValueError(f"{origin!r} is not an Origin a browser sends: wanted https://host or https://host:port")
     return found

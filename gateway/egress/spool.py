@@ -39,8 +39,8 @@ SEGMENT_BYTES: Final = 64 * 1024 * 1024
 """A segment that has grown to this is followed by another: what is sent is given back to the disk piece by piece."""
 MAX_RECORD_BYTES: Final = 32 * 1024 * 1024
 """A larger length is a fault: four times `listen.max_message_bytes`' upper bound."""
-LOCK_TRIES: Final = 20
-LOCK_PAUSE_S: Final = 0.02
+LOCK_TRIES: Final = 40
+LOCK_PAUSE_S: Final = 0.05
 CLOSE_TIMEOUT_S: Final = 1.0
 """How long `Spool.close` waits for a write that was abandoned."""
 DAMAGED: Final = ".damaged"

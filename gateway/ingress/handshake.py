@@ -170,6 +170,7 @@ async def read_request(sock: socket.socket, buffer: bytearray) -> Request:
     Raises Refused, Disconnected or OSError. The caller's deadline bounds it; cancelled, it has taken nothing
     that matters.
     """
+    empty_lines = 0
     while True:
         try:
             data = sock.recv(READ_BYTES)  # a whole TLS record: see READ_BYTES
@@ -181,7 +182,9 @@ async def read_request(sock: socket.socket, buffer: bytearray) -> Request:
         seen = len(buffer)
         buffer += data
         if buffer.startswith(b"\r"):
-            http.skip_empty_lines(buffer)
+            empty_lines += http.skip_empty_lines(buffer)
+            if empty_lines > http.MAX_EMPTY_LINES:
+                raise Refused(refusals.BAD_REQUEST, "nothing but empty lines")
             seen = 0
         end = http.head_end(buffer, seen)
         if end >= 0:

@@ -42,6 +42,8 @@ to send many small batches."""
 
 MIN_SHARE_BYTES: Final = 65_536
 """What a connection may hold during a pause however many others there are, while the sum allows it: a few reads."""
+MAX_SHARE_BYTES: Final = 8 * 1024 * 1024
+"""What a connection may hold however few others there are: ten minutes of 50 messages of 130 bytes a second."""
 MAX_HELD_BYTES: Final = 256 * 1024 * 1024
 """The sum's bound unless told otherwise."""
 
@@ -140,7 +142,7 @@ class Readiness:
 
     def may_hold(self, held_bytes: int) -> bool:
         """Whether a connection whose backlog is ``held_bytes`` may go on reading."""
-        share = self._max_held_bytes // max(1, len(self._connections))
+        share = min(MAX_SHARE_BYTES, self._max_held_bytes // max(1, len(self._connections)))
         return self.held_bytes < self._max_held_bytes and held_bytes < max(MIN_SHARE_BYTES, share)
 
     def stall(self, connection: Feedable) -> None:

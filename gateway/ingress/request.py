@@ -20,6 +20,8 @@ MAX_HEAD_BYTES: Final = 16_384
 MAX_LINE_BYTES: Final = 8_192
 MAX_TARGET_BYTES: Final = 8_192
 MAX_HEADERS: Final = 128
+MAX_EMPTY_LINES: Final = 16
+"""Before a request; RFC 9112 2.2 asks for one at least."""
 _MAX_REQUEST_LINE_BYTES: Final = MAX_TARGET_BYTES + 64  # room for the method and the version
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -81,10 +83,13 @@ def _bad(detail: str) -> Refused:
     return Refused(refusals.BAD_REQUEST, detail)
 
 
-def skip_empty_lines(buffer: bytearray) -> None:
-    """Drop the empty lines that some clients send before a request (RFC 9112 2.2)."""
-    while buffer.startswith(b"\r\n"):
-        del buffer[:2]
+def skip_empty_lines(buffer: bytearray) -> int:
+    """Drop the empty lines that some clients send before a request (RFC 9112 2.2); how many there were."""
+    count = 0
+    while buffer.startswith(b"\r\n", 2 * count):
+        count += 1
+    del buffer[: 2 * count]
+    return count
 
 
 def head_end(buffer: bytes | bytearray, seen: int = 0) -> int:

@@ -146,18 +146,18 @@ class Session(Connection):
             self._put_back(rest)
 
     def _hold(self, items: list[Item]) -> None:
-        """Keep what cannot be handed over now, in order; pings are answered, they wait for nothing."""
-        if self._backlog is None:
-            self._backlog = deque()
-            self._readiness.defer(self)
+        """Keep what cannot be handed over now, in order. Pings are answered, and a close with nothing before it."""
         for item in items:
-            if isinstance(item, Ping | Pong):
+            if isinstance(item, Ping | Pong) or not (self._backlog or isinstance(item, bytes)):
                 self._event(item)
                 if self.state == ENDED:
                     break
-            else:
-                self._backlog.append(item)
-                self._note_held(_weight(item))
+                continue
+            if self._backlog is None:
+                self._backlog = deque()
+                self._readiness.defer(self)
+            self._backlog.append(item)
+            self._note_held(_weight(item))
         if not self._readiness.may_hold(self._held_bytes):
             self._readiness.want_read(self, False)
 

@@ -4,6 +4,7 @@
   carry TCP_USER_TIMEOUT, which makes the send fail.
 * A request can make hypercorn's worker raise out of `serve` (a non-ASCII upgrade header does): it is started again on
   the same listening socket.
+* HTTP/1.1 is all that is spoken.
 * Requests are bounded in size and in time.
 """
 
@@ -12,10 +13,12 @@ from __future__ import annotations
 import os
 import socket
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import hypercorn.protocol
 import trio
 from hypercorn.config import Config
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio import serve
 
 from gateway.sockets import open_listening_sockets
@@ -40,6 +43,16 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
 
     # Listening at once makes a port in use fail here, not inside hypercorn.
     return open_listening_sockets("sidecar", host, port, backlog=64, prepare=prepare)
+
+
+class _Http1Only(H11Protocol):
+    """hypercorn's HTTP/1.1 without its ways to HTTP/2 (``Upgrade: h2c``, prior knowledge), which no setting closes."""
+
+    async def _check_protocol(self, event: Any) -> None:
+        return
+
+
+hypercorn.protocol.H11Protocol = _Http1Only  # type: ignore[attr-defined]  # the name by which it makes them
 
 
 def _config(sockets: Sequence[socket.socket]) -> Config:
