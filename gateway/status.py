@@ -90,6 +90,7 @@ class Status:
                 "up": self.producer.up,
                 "queue_messages": len(self.producer),
                 "queue_full": self.producer.full,
+                "unwritable_partitions": [f"{topic}/{number}" for topic, number in sorted(self.producer.unwritable)],
             },
             "messages": {**shown_books(books.totals), "unbalanced_companies": books.unbalanced_companies},
             "spool": {

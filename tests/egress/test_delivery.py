@@ -43,6 +43,7 @@ class Sender:
         self.settled: list[int] = []
         self.rejected: list[tuple[str, int]] = []
         self.lanes: dict[str, Lane] = {}
+        self.waiting_alone = False
 
     def wait_alone(self) -> None:
         self.waiting_alone = True
