@@ -559,7 +559,7 @@ def test_spool_too_old_for_every_topic_empties_into_dead_letters_of_the_present(
         assert letter.timestamp()[1] >= started_ms - 1
         headers = headers_of(letter)
         assert before_ms - 1 <= int(headers["received_at"]) <= after_ms + 1
-        assert headers["reason"] == ("kafka_refused" if letter.key() == b"ann" else "unknown_type")
+        assert headers["reason"] == ("kafka_refused" if letter.key() == b"ann" else "unknown_message_type")
     assert daemon.stop() == 0
     daemon.start()
     assert daemon.books()["received"] == 0, "nothing is sent again at the start that follows"

@@ -164,6 +164,7 @@ class KafkaProducer:
         """Topics that may not be written to, or asked about."""
         self._not_authorised_until = math.inf
         self._topics_doubtful = False
+        self._answers_lost = False  # the broken producer will not say what became of the records under way
         self._limits_wanted = False
         self._suspicion = trio.Event()
         self.partition_counts: dict[str, int] = {}
@@ -270,6 +271,8 @@ class KafkaProducer:
 
     def note_broken(self, reason: str, fault: Fault = Fault.PRODUCER) -> None:
         """The producer is to be replaced; `run` does it. Until `on_room` nothing may be produced."""
+        if fault is Fault.PRODUCER:
+            self._answers_lost = True
         if not self.broken:
             self.broken = reason
             self.produce = _no_room
@@ -322,7 +325,7 @@ class KafkaProducer:
 
     async def _renew(self, nursery: trio.Nursery) -> None:
         """Put another producer in the place of the broken one; everything that one held has been reported by then."""
-        self._purge()  # at once: after INVALID_PRODUCER_EPOCH librdkafka goes on sending what is queued
+        await self._take_everything_back()
         if self._limits_wanted:
             await self._shrink_batches()
         elif trio.current_time() - self._renewed_at < MAX_RENEW_PAUSE_S:
@@ -341,12 +344,23 @@ class KafkaProducer:
         await self._discard(another, nursery)
         while self._topics_doubtful and self._topics and not await self.check_topics(self._topics):
             await self._poll_for(PROBE_PAUSE_S)
-        self._topics_doubtful = False
+        self._topics_doubtful = self._answers_lost = False
         if self.not_authorised:
             self._not_authorised_until = trio.current_time() + PROBATION_S
         self.broken = ""
         self._counters.renewals += 1
         self._log.warning("another producer has taken over")
+
+    async def _take_everything_back(self) -> None:
+        """Purge the broken producer. Where it still gets answers, what is under way is waited for, so that none is sent
+        twice; what librdkafka would send again meanwhile is purged too, so that none overtakes what is taken back.
+        """
+        with trio.move_on_after(0 if self._answers_lost else IN_FLIGHT_S):
+            while len(self._producer) and not self._answers_lost:
+                self._purge(in_flight=False)
+                await self._poll_for(POLL_BUSY_S)
+        # after INVALID_PRODUCER_EPOCH librdkafka goes on sending what is queued
+        self._purge()
 
     async def _look_at_partitions(self) -> None:
         """See which partitions take nothing; when that has changed, say so, and take back what they keep."""
@@ -368,10 +382,6 @@ class KafkaProducer:
         self.unwritable = unwritable
         if more and self.full:
             self.note_broken(f"{names} take nothing", Fault.PARTITION)
-            self._purge(in_flight=False)
-            with trio.move_on_after(IN_FLIGHT_S):
-                while len(self._producer):
-                    await self._poll_for(POLL_BUSY_S)
         self.on_unwritable(unwritable)
 
     async def _discard(self, another: Producer, nursery: trio.Nursery) -> None:
