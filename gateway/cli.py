@@ -132,7 +132,7 @@ def serve(
         _check_everything(settings, [])
         orders = Orders(config_file=str(config_file) if config_file else None, flags=flags, development=embedded_kafka)
         return run(partial(_supervise, settings, workers, orders, load, embedded_kafka))
-    return run(partial(_serve, settings, load, embedded_kafka, None))
+    return run(partial(_serve, settings, load, embedded_kafka=embedded_kafka))
 
 
 def _serve_as_worker(orders: Orders) -> int:
@@ -141,7 +141,7 @@ def _serve_as_worker(orders: Orders) -> int:
         _load, Path(orders.config_file) if orders.config_file else None, orders.flags, development=orders.development
     )
     try:
-        return run(partial(_serve, config.restore(orders.settings), load, False, orders.parent))
+        return run(partial(_serve, config.restore(orders.settings), load, embedded_kafka=False, orders=orders))
     except GatewayError as error:
         _say(*(f"fault: {line}" for line in str(error).splitlines()))
         return 1
@@ -213,7 +213,9 @@ def _load(path: Path | None, flags: dict[str, Any], *, development: bool, instan
     return config.for_instance(settings, instance)
 
 
-async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_kafka: bool, parent: int | None) -> int:
+async def _serve(
+    settings: Settings, reload: Callable[[], Settings], *, embedded_kafka: bool, orders: Orders | None = None
+) -> int:
     from gateway.app import Addresses, Gateway  # imported late: --help need not load Kafka
     from gateway.egress.embedded import EmbeddedKafka
     from gateway.telemetry.logging import Log, stderr_descriptor
@@ -227,7 +229,14 @@ async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_ka
         bootstrap_servers = None
         if embedded_kafka:
             bootstrap_servers = stack.enter_context(EmbeddedKafka(settings.table.all_topics())).bootstrap_servers
-        gateway = Gateway(settings, counters, log, bootstrap_servers=bootstrap_servers, reload_settings=reload)
+        gateway = Gateway(
+            settings,
+            counters,
+            log,
+            bootstrap_servers=bootstrap_servers,
+            reload_settings=reload,
+            embedded=embedded_kafka or (orders is not None and orders.development),
+        )
 
         async def announce(addresses: Addresses) -> None:
             kafka = f"{addresses.kafka}{' (embedded)' if embedded_kafka else ''}"
@@ -241,9 +250,9 @@ async def _serve(settings: Settings, reload: Callable[[], Settings], embedded_ka
         async with trio.open_nursery() as nursery:
             addresses: Addresses = await nursery.start(_until_done, gateway.run, nursery.cancel_scope)
             nursery.start_soon(announce, addresses)
-            if parent is not None:
-                nursery.start_soon(end_with_parent, parent)
-        if parent is not None:
+            if orders is not None:
+                nursery.start_soon(end_with_parent, orders.parent)
+        if orders is not None:
             _say(f"counted: {json.dumps(gateway.metrics().decode())}")
         return 1 if gateway.lost else 0
 

@@ -57,9 +57,6 @@ CASES: dict[str, Make] = {
     "alg number": header(alg=256),
     "no alg": lambda secret: sign(secret, claims(), {"typ": "JWT"}),
     "alg repeated": raw_header('{"alg":"none","alg":"HS256"}'),
-    "kid unknown": header(kid="nobody"),
-    "kid path": header(kid="../../../../dev/null"),
-    "kid SQL": header(kid="x' UNION SELECT 'secret"),
     "kid integer": header(kid=1),
     "kid null": raw_header('{"alg":"HS256","kid":null}'),
     "crit": header(crit=["exp"], exp=NOW + 600),
@@ -75,6 +72,7 @@ CASES: dict[str, Make] = {
     "expired": payload(iat=NOW - 100, exp=NOW - 20),
     "long expired": payload(exp=0),
     "nbf in the future": payload(nbf=NOW + 3600),
+    "no iat": payload(iat=None),
     "iat in the future": payload(iat=NOW + 3600, exp=NOW + 7200),
     "no exp": payload(exp=None),
     "exp a string": payload(exp=str(NOW + 600)),
@@ -108,6 +106,13 @@ CASES: dict[str, Make] = {
     "company with a control character": payload(data=data_claim(company_id="a\x00b")),
     "over 8 KiB": payload(padding="a" * 8200),
 }
+# Refused where the key has a name; a key without one is tried for any.
+FOREIGN_KIDS: dict[str, Make] = {
+    "kid unknown": header(kid="nobody"),
+    "kid path": header(kid="../../../../dev/null"),
+    "kid SQL": header(kid="x' UNION SELECT 'secret"),
+    "kid empty": header(kid=""),
+}
 # A token this long does not fit into the request head and never reaches the check of tokens.
 TOO_LARGE = {"header 100k deep", "over 8 KiB"}
 
@@ -139,7 +144,6 @@ GOOD: dict[str, Make] = {
     "data with expires_at": payload(exp=NOW + 7200, data=data_claim(expires_at=NOW + 3600)),
     "expired within the leeway": just_expired,
     "float times": payload(exp=NOW + 3600.5),
-    "no iat": payload(iat=None),
     "aud that nobody asked for": payload(aud="elsewhere"),
     "header that points elsewhere": header(
         jku="https://evil.example/jwks", x5u="https://evil.example/c", jwk={"kty": "oct"}
@@ -152,6 +156,21 @@ GOOD: dict[str, Make] = {
 def test_good_token_is_admitted(daemon: Daemon, name: str) -> None:
     with RawClient(daemon.url) as client:
         client.upgrade(GOOD[name](daemon.secret))
+
+
+def test_kid_of_nobody_is_refused_by_a_key_with_a_name_and_tried_on_one_without(
+    daemon: Daemon, start_daemon: Callable[..., Daemon]
+) -> None:
+    named = start_daemon(settings={"auth.secret_kid": "2026-11"})
+    for name, make in FOREIGN_KIDS.items():
+        with RawClient(named.url) as client:
+            assert client.request(client.headers(make(named.secret))).status == 401, name
+        with RawClient(daemon.url) as client:
+            client.upgrade(make(daemon.secret))
+        with RawClient(daemon.url) as client:
+            assert client.request(client.headers(make(b"x" * 48))).status == 401, name
+    with RawClient(named.url) as client:
+        client.upgrade(header(kid="2026-11")(named.secret))
 
 
 def test_all_three_places_of_the_token(start_daemon: Callable[..., Daemon]) -> None:

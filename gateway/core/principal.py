@@ -105,7 +105,7 @@ class TokenRules:
             raise InvalidToken("unknown_crit")  # RFC 7515 4.1.11: none is understood here
         if "b64" in header:
             raise InvalidToken("unencoded_payload")  # RFC 7797 3 and 6: needs crit, and no JWT has it
-        if "kid" in header and not isinstance(kid, str):
+        if "kid" in header and (not isinstance(kid, str) or _CONTROL.search(kid)):
             raise InvalidToken("bad_kid")
         candidates = [key for key in self.keys if key.algorithm == algorithm and _may_be(key.kid, kid)]
         if not candidates:

@@ -42,7 +42,7 @@ class Sidecar:
             (b"cache-control", b"no-store"),
         ]
         if status == 405:
-            headers.append((b"allow", b"GET, HEAD, OPTIONS" if _is_health(scope["path"]) else b"GET, HEAD"))
+            headers.append((b"allow", b"GET, HEAD"))
         if upgrade:
             await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
             await send({"type": "websocket.http.response.body", "body": body, "more_body": False})

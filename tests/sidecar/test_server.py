@@ -56,14 +56,25 @@ def test_head_works_and_other_methods_do_not(daemon: Daemon, path: str) -> None:
     status, headers, body = get(daemon, path, "HEAD")
     assert (status, body) == (200, b"")
     assert int(headers["content-length"]) > 0
-    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+    for method in ("POST", "PUT", "DELETE", *(() if path.startswith("/health") else ("OPTIONS",))):
         status, headers, _ = get(daemon, path, method)
         assert (status, headers["allow"]) == (405, "GET, HEAD")
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/health"])
+def test_checks_of_balancers_are_answered_like_head(daemon: Daemon, path: str) -> None:
+    for method, slash in (("OPTIONS", ""), ("OPTIONS", "/"), ("HEAD", "/")):
+        status, headers, body = get(daemon, path + slash, method)
+        assert (status, body) == (200, b""), (method, slash)
+        assert int(headers["content-length"]) > 0
+    for method in ("OPTIONS", "HEAD", "GET"):  # HAProxy's default: no Host, which HTTP/1.0 does not ask for
+        assert ask(daemon, f"{method} {path} HTTP/1.0\r\n\r\n".encode()).startswith(b"HTTP/1.1 200")
+
+
 def test_unknown_paths_are_404(daemon: Daemon) -> None:
     assert get(daemon, "/")[0] == 404
-    assert get(daemon, "/metrics/")[0] == 404
+    assert get(daemon, "/metrics/x")[0] == 404
+    assert get(daemon, "/metrics/")[0] == 200
 
 
 def test_metrics_are_prometheus_text_with_the_contracts_names(daemon: Daemon) -> None:
