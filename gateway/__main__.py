@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
 
+def _fill_standard_streams() -> None:
+    """Open what was closed of standard input, output and error: else the first sockets would take their places."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:  # the three are there
+            os.close(descriptor)
+            return
+
+
 def main() -> NoReturn:
     """Run the command line and exit (`gateway.cli.main`); the daemon's signals wait from the first instant."""
+    _fill_standard_streams()
     if "serve" in sys.argv[1:2]:
         from gateway.signals import hold_signals
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import sys
@@ -43,10 +44,17 @@ Set = Annotated[tuple[str, ...], Parameter(name="--set", negative=())]
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 a fault that was printed, 2 usage, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale that lacks a character is no reason to end
     try:
         result = app(print_error=True, exit_on_error=True, result_action="return_value")
     except GatewayError as error:
         _complain(error)
+        sys.exit(1)
+    except UnicodeEncodeError as error:  # in the name of a file
+        missing = error.object[error.start : error.end]
+        _complain(GatewayError(f"{missing!r}: the locale's {error.encoding} has no such character: set LC_ALL=C.UTF-8"))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -234,7 +234,8 @@ class DrainSettings(_Section):
         first = self.grace_s + self.close_window_s
         if first >= self.timeout_s:
             raise ValueError(
-                f"timeout_s {self.timeout_s:g} leaves nothing after grace_s and close_window_s, {first:g} together"
+                f"drain.timeout_s {self.timeout_s:g} leaves nothing after drain.grace_s and drain.close_window_s,"
+                f" {first:g} together"
             )
         return self
 

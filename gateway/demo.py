@@ -140,7 +140,7 @@ async def run_demo(*, ticks: Path | None, clients: int, rate: float, seconds: fl
     recorded = list(read(ticks)) if ticks is not None else None
     if recorded == []:
         raise StartupError(f"{ticks}: holds no ticks")
-    with tempfile.TemporaryDirectory(prefix="gateway-demo-") as directory:
+    with _temporary_directory() as directory:
         home = Path(directory)
         secret = _write_config(home, clients)
         async with trio.open_nursery() as nursery:
@@ -178,6 +178,13 @@ async def run_demo(*, ticks: Path | None, clients: int, rate: float, seconds: fl
                     await process.wait()
                 nursery.cancel_scope.cancel()
     return _verdict(progress)
+
+
+def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="gateway-demo-")
+    except OSError as error:
+        raise StartupError(f"a temporary directory: {error.strerror}; TMPDIR may name another place") from error
 
 
 def _verdict(progress: Progress) -> int:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 SCRAPE_S: Final = 1.0
 """Between readings of the workers' metrics: what a worker that dies counted since the last one is lost to the sum."""
+ANNOUNCE_POLL_S: Final = 0.02
 SCRAPE_TIMEOUT_S: Final = 2.0
 FIRST_PAUSE_S: Final = 0.5
 MAX_PAUSE_S: Final = 30.0
@@ -143,6 +144,7 @@ class Supervisor:
         self._port = 0
         self._drain = trio.Event()
         self._all_ready = trio.Event()
+        self._news = trio.Event()
         self.failed = False
 
     async def run(self) -> None:
@@ -180,6 +182,8 @@ class Supervisor:
 
     async def _announce(self) -> None:
         await self._all_ready.wait()
+        while self._reasons():  # noqa: ASYNC110  # what is announced is what the sidecar says
+            await trio.sleep(ANNOUNCE_POLL_S)
         self._starting.value = "ready"
         systemd.notify("READY=1", f"STATUS={len(self._workers)} workers ready")
         self._say("ready")
@@ -318,6 +322,7 @@ class Supervisor:
         elif line == "ready":
             worker.ready = True
             self._log.info("worker ready", worker=worker.number)
+            self._news.set()
             if all(one.ready for one in self._workers):
                 self._all_ready.set()
 
@@ -382,7 +387,9 @@ class Supervisor:
                     if worker.process is not None and worker.sidecar:
                         nursery.start_soon(self._read, worker, worker.process)
             self._kill_hung()
-            await trio.sleep(SCRAPE_S)
+            with trio.move_on_after(SCRAPE_S):
+                await self._news.wait()
+            self._news = trio.Event()
 
     async def _read(self, worker: Worker, process: trio.Process) -> None:
         try:

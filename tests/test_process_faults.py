@@ -530,7 +530,7 @@ import importlib.abc, os, pathlib, sys, time
 
 class Hold(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name in HELD_AT and (not ONLY_WORKERS or "--parent" in sys.argv):
+        if name in HELD_AT and (not ONLY_WORKERS or "--worker" in sys.argv):
             marker = pathlib.Path(os.environ["HELD"])
             try:
                 marker.touch(exist_ok=False)

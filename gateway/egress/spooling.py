@@ -117,12 +117,15 @@ class SpoolWriter:
         """
         with trio.CancelScope(deadline=deadline):
             while self._waiting:
-                if not await self._write_batch() and self.fault:
+                if not await self._write_batch(at_once=True) and self.fault:
                     break
         return len(self._waiting)
 
-    async def _write_batch(self) -> bool:
-        """Write the first records; false when the disk did not take them: then the next batch is half as long."""
+    async def _write_batch(self, *, at_once: bool = False) -> bool:
+        """Write the first records; false when the disk did not take them: then the next batch is half as long.
+
+        Where no thread can be had nothing is written, or with ``at_once`` this one writes, and all else waits for it.
+        """
         async with self._writing:
             batch: list[_Waiting] = []
             size = 0
@@ -134,7 +137,7 @@ class SpoolWriter:
             records = [waiting.record for waiting in batch]
             try:
                 if batch:
-                    await in_thread(self._spool.append, records, abandon_on_cancel=True)
+                    await self._append(records, at_once)
             except (SpoolError, NoThread) as error:
                 self._batch_records = max(1, len(batch) // 2)
                 if len(batch) == 1 or isinstance(error, NoThread):
@@ -149,6 +152,14 @@ class SpoolWriter:
                 waiting.done()
             self._check()
             return True
+
+    async def _append(self, records: list[Record], at_once: bool) -> None:
+        try:
+            await in_thread(self._spool.append, records, abandon_on_cancel=True)
+        except NoThread:
+            if not at_once:
+                raise
+            self._spool.append(records)
 
     def _offer_again(self) -> None:
         """Kafka may take what the disk does not: offer it the first records."""

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from gateway.errors import NoThread
+
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
 
@@ -37,7 +39,10 @@ class LineWriter:
         self._counters = counters
         self._lines: queue.Queue[bytes | None] = queue.Queue(MAX_LINES)
         self._thread = threading.Thread(target=self._write, name="log-writer", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise NoThread(f"no thread can be had for the log: {error}; allow the process more of them") from error
 
     def msg(self, line: bytes) -> None:
         """Queue one line without its line feed; never blocks."""
