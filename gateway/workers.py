@@ -20,6 +20,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -152,30 +153,31 @@ class Supervisor:
         settings = self._settings
         listen = settings.listen
         places = open_listening_sockets("listen", listen.host, listen.port, backlog=0, reuse_port=True, listening=False)
-        self._port = places[0].getsockname()[1]
-        sidecar = server.open_sockets(settings.sidecar.host, settings.sidecar.port)
-        limited = RateLimited(self._log.error, trio.current_time)
-        for warning in config.warnings(settings):
-            self._log.warning("settings", warning=warning)
-        self._warn_of_orphans()
-        async with trio.open_nursery() as services:
-            await services.start(self._handle_signals)
-            port: int = await services.start(server.run, self._sidecar_app(), sidecar, limited)
-            services.start_soon(systemd.feed_watchdog)
-            services.start_soon(systemd.extend_start, self._starting)
-            services.start_soon(self._scrape)
-            services.start_soon(self._kill_late)
-            scheme = "ws" if settings.tls.cert_file is None else "wss"
-            self._say(f"listening on {scheme}://{in_url(listen.host)}:{self._port}{listen.path}")
-            self._say(f"sidecar on http://{in_url(settings.sidecar.host)}:{port}")
-            self._say(f"kafka at {settings.kafka.bootstrap_servers}")
-            services.start_soon(self._announce)
-            async with trio.open_nursery() as workers:
-                for worker in self._workers:
-                    workers.start_soon(self._keep, worker)
-            services.cancel_scope.cancel()
-        for place in places:
-            place.close()
+        with ExitStack() as stack:
+            for place in places:
+                stack.callback(place.close)
+            self._port = places[0].getsockname()[1]
+            sidecar = server.open_sockets(settings.sidecar.host, settings.sidecar.port)
+            limited = RateLimited(self._log.error, trio.current_time)
+            for warning in config.warnings(settings):
+                self._log.warning("settings", warning=warning)
+            self._warn_of_orphans()
+            async with trio.open_nursery() as services:
+                await services.start(self._handle_signals)
+                port: int = await services.start(server.run, self._sidecar_app(), sidecar, limited)
+                services.start_soon(systemd.feed_watchdog)
+                services.start_soon(systemd.extend_start, self._starting)
+                services.start_soon(self._scrape)
+                services.start_soon(self._kill_late)
+                scheme = "ws" if settings.tls.cert_file is None else "wss"
+                self._say(f"listening on {scheme}://{in_url(listen.host)}:{self._port}{listen.path}")
+                self._say(f"sidecar on http://{in_url(settings.sidecar.host)}:{port}")
+                self._say(f"kafka at {settings.kafka.bootstrap_servers}")
+                services.start_soon(self._announce)
+                async with trio.open_nursery() as workers:
+                    for worker in self._workers:
+                        workers.start_soon(self._keep, worker)
+                services.cancel_scope.cancel()
         faults = dict.fromkeys(fault for worker in self._workers for fault in worker.faults)
         if faults:
             raise StartupError("\n".join(faults))

@@ -736,7 +736,8 @@ def test_topic_that_refuses_every_record_is_an_alarm(start_daemon: StartDaemon, 
     bootstrap = kafka.bootstrap_servers
     apache.create_topics(bootstrap, ["closed"], partitions=1, config={"max.message.bytes": "200"})
     apache.create_topics(bootstrap, ["closed-dead"], partitions=1)
-    daemon = start_daemon(bootstrap, settings=routes("closed", "closed-dead"))
+    settings = {**routes("closed", "closed-dead"), "kafka.properties": {"compression.type": "none"}}
+    daemon = start_daemon(bootstrap, settings=settings)
     count = 0
 
     def alarmed_while_ticks_come() -> bool:

@@ -147,8 +147,9 @@ async def test_worker_that_cannot_be_started_is_tried_again(start: Start, tmp_pa
         written.write_text(f"#!{sys.executable}\n{script}")
         written.chmod(0o755)
         written.rename(program)
-        await parent.wait_for("asked-0")
-        assert "ready" in parent.said
+        with trio.fail_after(20):
+            while "ready" not in parent.said:
+                await trio.sleep(0.02)
     assert not parent.supervisor.failed
 
 

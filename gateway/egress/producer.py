@@ -491,11 +491,13 @@ class KafkaProducer:
         if missing is None:
             return False
         if (missing, forbidden) != (self.missing_topics, self.not_authorised) and (missing or forbidden):
+            remedies = ["create the topics that are missing"] if missing else []
+            remedies += ["allow the gateway to describe and write the others"] if forbidden else []
             self._log.warning(
                 "topics cannot be used",
                 missing=missing,
                 not_authorised=forbidden,
-                remedy="create them, or allow the gateway to describe and write them; checked again each second",
+                remedy=f"{' and '.join(remedies)}; checked again each second",
             )
         self.missing_topics = missing
         if forbidden or not self._topics_doubtful:
