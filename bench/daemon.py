@@ -24,7 +24,8 @@ from bench.kafka import cpu_seconds, rss_bytes
 from gateway.config import AuthSettings
 from gateway.devkeys import mint_with_secret
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,15 @@ class Daemon:
         """What the daemon has written to standard error so far."""
         return (self.home / "log").read_text(errors="replace")
 
+    def wait_log(self, text: str, timeout_s: float = 30.0) -> str:
+        """What the log says once it says ``text``: its writer is a thread of the daemon's own."""
+        deadline = time.monotonic() + timeout_s
+        while text not in (log := self.log()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the log does not say {text!r}:\n{log}")
+            time.sleep(0.01)
+        return log
+
     def token(self, user: str = "alice", company: str = "acme", tier: str = "pro", ttl_s: int = 3600) -> str:
         """A token this daemon accepts."""
         return mint_with_secret(
@@ -222,9 +232,15 @@ class Daemon:
         return books
 
     def signal(self, number: signal.Signals) -> None:
-        """Send the process a signal."""
+        """Send the process a signal; return from SIGSTOP when all of its threads have stopped, which takes a while."""
         assert self.process is not None
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            while not _stopped(self.pid):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"process {self.pid} has not stopped")
+                time.sleep(0.001)
 
     def stop(self, timeout_s: float = 60.0) -> int:
         """SIGTERM, then the exit status."""
@@ -243,6 +259,12 @@ class Daemon:
     def rss_bytes(self) -> int:
         """Resident memory of the process."""
         return rss_bytes(self.pid)
+
+
+def _stopped(pid: int) -> bool:
+    """Whether every thread of a process is stopped (proc(5), the third field of stat)."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(state == "T" for state in states)
 
 
 def _toml(value: Any) -> str:

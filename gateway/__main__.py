@@ -17,15 +17,18 @@ def _fill_standard_streams() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit (`gateway.cli.main`); the daemon's signals wait from the first instant."""
+    """Run the command line and exit (`gateway.cli.main`); the daemon's signals count from the first instant."""
     _fill_standard_streams()
     if "serve" in sys.argv[1:2]:
-        from gateway.signals import hold_signals
+        from gateway.signals import catch_signals
 
-        hold_signals()
-    from gateway.cli import main as run
+        catch_signals()
+    try:
+        from gateway.cli import main as run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # where nobody else catches it: while modules load
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ LAST_ANSWERS_S: Final = 1.0
 """How long handshakes that were queued when the listener closed may take to be answered."""
 LAST_ATTEMPT_S: Final = 0.1
 """Between attempts to write what the spool had no room for, while the drain has time."""
+STOP_MARGIN_S: Final = 10.0
+"""What systemd is asked for beyond `drain.timeout_s`: the sidecar and the log end after it."""
 RECOUNT_S: Final = 1.0
 """Between two accounts of the books: how old the figures of many companies may be."""
 RELOADED: Final = (
@@ -93,14 +95,18 @@ class Gateway:
         bootstrap_servers: str | None = None,
         reload_settings: Callable[[], Settings] | None = None,
         embedded: bool = False,
+        worker: bool = False,
     ) -> None:
         """Build everything that needs no port and no broker. Raises ConfigError and StartupError.
 
-        ``embedded`` says that the Kafka is the mock of `gateway.egress.embedded`.
+        ``embedded`` says that the Kafka is the mock of `gateway.egress.embedded`, ``worker`` that a parent has warned
+        of the settings already.
         """
         self._settings = settings
         self._reload_settings = reload_settings
         self._embedded = embedded
+        self._warnings = [] if worker else config.warnings(settings)
+        self.on_reloaded: Callable[[], None] = lambda: None
         self._counters = counters
         self._log = log
         self._version = version("gateway")
@@ -215,10 +221,10 @@ class Gateway:
         waiting = self._readiness.paused and trio.current_time() - self._readiness.paused_at >= DEGRADED_S
         if waiting or self._progress.stands_still:
             self._degraded = True
-            self._sessions.tell_degraded(True)
+            self._sessions.tell_degraded(unconfirmed_only=not waiting)
         elif self._degraded and not self._readiness.paused:
             self._degraded = False
-            self._sessions.tell_degraded(False)
+            self._sessions.tell_recovered()
 
     def _resume(self) -> None:
         if self._producer.full or (self._spool_writer is not None and self._spool_writer.blocked):
@@ -226,16 +232,17 @@ class Gateway:
         self._readiness.resume()
         if not self._readiness.paused and not self._progress.stands_still:
             self._degraded = False
-            self._sessions.tell_degraded(False)
+            self._sessions.tell_recovered()
 
     async def _keep_accounts(self) -> None:
         """Sum up the books once a second, a slice at a time, and see whether Kafka confirms what it is given."""
         while True:
             for _ in self._books.recount():
                 await trio.lowlevel.checkpoint()
-            by_type = self._books.summary().by_type
-            for reason in self._progress.look(by_type, trio.current_time()):
+            by_type, parked = self._books.summary().by_type, self._delivery.parked_types
+            for reason in self._progress.look(by_type, parked, trio.current_time()):
                 self._log.error("Kafka takes nothing", reason=reason)
+            self._producer.stalled = self._progress.stalled
             await trio.sleep(RECOUNT_S)
 
     # The life of the daemon
@@ -247,7 +254,7 @@ class Gateway:
         """
         listening, sidecar = self._open_sockets()
         self._listener = listener = self._make_listener(listening)
-        for warning in config.warnings(self._settings):
+        for warning in self._warnings:
             self._log.warning("settings", warning=warning)
         log_restart = self._limited(self._log.error)
         async with trio.open_nursery() as services:
@@ -274,9 +281,11 @@ class Gateway:
                 self._deadline = trio.current_time() + drain.timeout_s
                 self._say_draining()
                 closing_ends = self._deadline - drain.spool_reserve_s
-                with trio.CancelScope(deadline=closing_ends):
+                with trio.CancelScope(deadline=closing_ends) as closing:
                     async with move_on_when(self._hurry.wait):
                         await self._close_connections(listener, connections)
+                if closing.cancelled_caught:
+                    self._log.warning("connections cut off: drain.timeout_s", connections=len(self._sessions))
                 listener.close(connections)
                 connections.cancel_scope.cancel()
             async with move_on_when(self._hurry.wait):
@@ -378,7 +387,7 @@ class Gateway:
         if self._replay is not None:
             self._replay.stop()
         timeout_s = self._settings.drain.timeout_s
-        systemd.notify("STOPPING=1", "STATUS=draining", systemd.extension(timeout_s))
+        systemd.notify("STOPPING=1", "STATUS=draining", systemd.extension(timeout_s + STOP_MARGIN_S))
         self._log.info(
             "draining", connections=len(self._sessions), in_flight=self._books.totals().in_flight, timeout_s=timeout_s
         )
@@ -403,17 +412,17 @@ class Gateway:
     async def _flush(self, until: float) -> None:
         """Wait for Kafka's answers, and for room for what was read and not handed over."""
         with trio.CancelScope(deadline=until):
-            while len(self._delivery) or self._readiness.stalled:
+            while len(self._delivery) or self._readiness.stalled or self._delivery.waiting_alone:
                 self._producer.poll()
                 await trio.sleep(POLL_BUSY_S)
 
     async def _give_up(self) -> None:
         """Spool what Kafka has not confirmed and what was read and not handed over, while the drain has time."""
         self._producer.poll()  # what is not a record counts until then
-        left, stalled = len(self._delivery), self._readiness.stalled
-        if left or stalled:
-            self._log.warning("drain ran out of time", unconfirmed=left, unfinished_connections=stalled)
-            await self._delivery.give_up()
+        left, waiting = len(self._delivery), self._readiness.backlog + self._delivery.waiting_alone
+        if left or waiting or self._readiness.stalled:
+            self._log.warning("drain ran out of time", unconfirmed=left, not_handed_over=waiting)
+            await self._delivery.give_up(self._deadline)
         writer = self._spool_writer
         while True:
             self._readiness.resume()
@@ -475,6 +484,7 @@ class Gateway:
             self._handshake.rules = rules
             self._listener.tls = self._tls = tls
             self._counters.reloads["ok"] += 1
+            self.on_reloaded()
 
     async def _check_new_topics(self, settings: Settings) -> None:
         """Raise ConfigError unless every topic that is new is there and may be written to."""

@@ -24,10 +24,12 @@ from gateway import cli_spool, config, devkeys, keys
 from gateway.errors import ConfigError, GatewayError
 from gateway.orders import Orders
 from gateway.running import run
+from gateway.signals import hold_signals
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable
 
+    from gateway.app import Addresses, Gateway
     from gateway.config import Settings
 
 app = cyclopts.App(
@@ -60,6 +62,10 @@ def main() -> NoReturn:
         sys.exit(130)
     except BrokenPipeError:
         os._exit(1)  # whoever read standard output is gone; there is nobody to tell
+    except OSError as error:  # what is not translated at its own boundary: standard output, on a full disk say
+        _give_up_stdout()
+        _complain(GatewayError(f"{error.filename or 'standard output'}: {error.strerror or error}"))
+        sys.exit(1)
     sys.exit(result if isinstance(result, int) else 0)
 
 
@@ -139,8 +145,9 @@ def serve(
     if workers > 1:
         _check_everything(settings, [])
         orders = Orders(config_file=str(config_file) if config_file else None, flags=flags, development=embedded_kafka)
-        return run(partial(_supervise, settings, workers, orders, load, embedded_kafka))
-    return run(partial(_serve, settings, load, embedded_kafka=embedded_kafka))
+        hold_signals()
+        return run(_supervise, settings, workers, orders, load, embedded_kafka)
+    return _serve(settings, load, embedded_kafka=embedded_kafka)
 
 
 def _serve_as_worker(orders: Orders) -> int:
@@ -149,7 +156,7 @@ def _serve_as_worker(orders: Orders) -> int:
         _load, Path(orders.config_file) if orders.config_file else None, orders.flags, development=orders.development
     )
     try:
-        return run(partial(_serve, config.restore(orders.settings), load, embedded_kafka=False, orders=orders))
+        return _serve(config.restore(orders.settings), load, embedded_kafka=False, orders=orders)
     except GatewayError as error:
         _say(*(f"fault: {line}" for line in str(error).splitlines()))
         return 1
@@ -221,14 +228,14 @@ def _load(path: Path | None, flags: dict[str, Any], *, development: bool, instan
     return config.for_instance(settings, instance)
 
 
-async def _serve(
+def _serve(
     settings: Settings, reload: Callable[[], Settings], *, embedded_kafka: bool, orders: Orders | None = None
 ) -> int:
-    from gateway.app import Addresses, Gateway  # imported late: --help need not load Kafka
+    """Build a gateway, which may read slow files and can be interrupted, and run it."""
+    from gateway.app import Gateway  # imported late: --help need not load Kafka
     from gateway.egress.embedded import EmbeddedKafka
     from gateway.telemetry.logging import Log, stderr_descriptor
     from gateway.telemetry.metrics import Counters
-    from gateway.workers import end_with_parent
 
     counters = Counters()
     log = Log(counters, level=settings.log.level, style=settings.log.format, descriptor=stderr_descriptor())
@@ -244,25 +251,34 @@ async def _serve(
             bootstrap_servers=bootstrap_servers,
             reload_settings=reload,
             embedded=embedded_kafka or (orders is not None and orders.development),
+            worker=orders is not None,
         )
-
-        async def announce(addresses: Addresses) -> None:
-            kafka = f"{addresses.kafka}{' (embedded)' if embedded_kafka else ''}"
-            _say(f"listening on {addresses.listen}", f"sidecar on {addresses.sidecar}", f"kafka at {kafka}")
-            await gateway.wait_ready()
-            _say("ready")
-
+        if orders is not None:
+            gateway.on_reloaded = lambda: _say("reloaded")
         # What has been imported and built stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        async with trio.open_nursery() as nursery:
-            addresses: Addresses = await nursery.start(_until_done, gateway.run, nursery.cancel_scope)
-            nursery.start_soon(announce, addresses)
-            if orders is not None:
-                nursery.start_soon(end_with_parent, orders.parent)
+        hold_signals()
+        run(_live, gateway, embedded_kafka, orders)
         if orders is not None:
             _say(f"counted: {json.dumps(gateway.metrics().decode())}")
         return 1 if gateway.lost else 0
+
+
+async def _live(gateway: Gateway, embedded_kafka: bool, orders: Orders | None) -> None:
+    from gateway.workers import end_with_parent
+
+    async def announce(addresses: Addresses) -> None:
+        kafka = f"{addresses.kafka}{' (embedded)' if embedded_kafka else ''}"
+        _say(f"listening on {addresses.listen}", f"sidecar on {addresses.sidecar}", f"kafka at {kafka}")
+        await gateway.wait_ready()
+        _say("ready")
+
+    async with trio.open_nursery() as nursery:
+        addresses: Addresses = await nursery.start(_until_done, gateway.run, nursery.cancel_scope)
+        nursery.start_soon(announce, addresses)
+        if orders is not None:
+            nursery.start_soon(end_with_parent, orders.parent)
 
 
 async def _until_done(

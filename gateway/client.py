@@ -47,7 +47,7 @@ _FINAL_CLOSE_CODES: Final = frozenset({1002, 1003, 1007, 1009, 1015, 4403})
 
 def tls_context(url: str, ca_file: Path | None) -> ssl.SSLContext | None:
     """The client's TLS context for a ``wss`` URL, None for ``ws``. Raises ConfigError naming the CA file."""
-    if not url.startswith("wss:"):
+    if urlsplit(url).scheme != "wss":
         return None
     try:
         return ssl.create_default_context(cafile=ca_file)
@@ -123,8 +123,12 @@ class Connection:
                 self.on_ack(_count(message))
             elif kind == "closing":
                 self.closing = {**message, "reconnect_after_ms": float(message["reconnect_after_ms"])}
-        except (KeyError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise BadControlMessage(f"not a control message of gateway.v1: {text[:80]!r}") from error
+
+
+_MALFORMED: Final = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""What a message of any other form makes of reading it."""
 
 
 def _control(text: str | bytes) -> dict[str, Any]:
@@ -152,9 +156,9 @@ def _welcome(text: str | bytes) -> dict[str, Any]:
         for name in ("user_id", "company_id"):
             if not isinstance(message[name], str):
                 raise TypeError(name)
-        float(message["ping_interval_s"])
-        int(message["limits"]["max_message_bytes"])
-    except (KeyError, TypeError, ValueError) as error:
+        message["ping_interval_s"] = float(message["ping_interval_s"])
+        message["limits"]["max_message_bytes"] = int(message["limits"]["max_message_bytes"])
+    except _MALFORMED as error:
         raise BadControlMessage(f"not a welcome of gateway.v1: {text[:80]!r}") from error
     return message
 
@@ -173,7 +177,11 @@ async def connect(
     When it leaves without an exception, the gateway has routed everything that was sent. Raises HandshakeRejected,
     ConnectionLost, OSError, alone or in an exception group.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as fault:
+        raise ConfigError([f"{url}: not a URL: {fault}"]) from fault
     if parts.hostname is None or parts.scheme not in ("ws", "wss"):
         raise ConfigError([f"{url}: not a ws:// or wss:// URL"])
     if parts.scheme == "wss" and tls is None:
@@ -181,7 +189,7 @@ async def connect(
     query = "&".join(filter(None, (parts.query, f"account={quote(account)}" if account else "")))
     resource = (parts.path or "/") + (f"?{query}" if query else "")
     with trio.fail_after(CONNECT_TIMEOUT_S):
-        stream = await _open_stream(parts.hostname, parts.port or (443 if tls else 80), tls)
+        stream = await _open_stream(parts.hostname, port or (443 if tls else 80), tls)
     try:
         async with trio.open_nursery() as nursery:
             client = await _shake_hands(nursery, stream, parts.netloc, resource, token)

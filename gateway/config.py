@@ -231,11 +231,11 @@ class DrainSettings(_Section):
 
     @model_validator(mode="after")
     def _fits(self) -> DrainSettings:
-        first = self.grace_s + self.close_window_s
-        if first >= self.timeout_s:
+        first, rest = self.grace_s + self.close_window_s, self.timeout_s - self.spool_reserve_s
+        if first >= rest:
             raise ValueError(
-                f"drain.timeout_s {self.timeout_s:g} leaves nothing after drain.grace_s and drain.close_window_s,"
-                f" {first:g} together"
+                f"drain.timeout_s {self.timeout_s:g}, less {self.spool_reserve_s:g} for the spool, leaves nothing after"
+                f" drain.grace_s and drain.close_window_s, {first:g} together"
             )
         return self
 
@@ -377,7 +377,7 @@ def warnings(settings: Settings) -> list[str]:
 
 def for_instance(settings: Settings, instance: int) -> Settings:
     """The settings of unit number ``instance`` of several on one host. Raises ConfigError."""
-    port = settings.sidecar.port + instance
+    port = settings.sidecar.port + instance if settings.sidecar.port else 0  # 0 is a free one for each
     if port > MAX_PORT:
         raise ConfigError([f"sidecar.port: {settings.sidecar.port} and --instance {instance} are over {MAX_PORT}"])
     return settings.model_copy(update={"sidecar": settings.sidecar.model_copy(update={"port": port})})
@@ -385,7 +385,7 @@ def for_instance(settings: Settings, instance: int) -> Settings:
 
 _SECRET_PROPERTIES: Final = re.compile(r"passw|passphrase|secret|\.pem\Z|jaas|oauthbearer\.config|_key\Z")
 """The properties that librdkafka marks as sensitive (_RK_SENSITIVE), by their words, but names of users and files."""
-_PASSWORD_IN_URL: Final = re.compile(r"(?<=://)[^/@\s]*@")
+_PASSWORD_IN_URL: Final = re.compile(r"(?<=://)\S*@")
 MASK: Final = "**********"
 
 
@@ -546,7 +546,8 @@ def kafka_properties(settings: KafkaSettings, unseen: Collection[str] = ()) -> d
     }
     for name, file in settings.property_files.items():
         if f"kafka.property_files.{name}" in unseen:
-            properties[name] = "unseen"
+            if not name.endswith(".pem"):  # librdkafka would read it
+                properties[name] = "unseen"
             continue
         try:
             value = without_line_ending(Path(file).read_bytes()).decode()

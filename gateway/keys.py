@@ -136,7 +136,8 @@ def _jwk(name: str, entry: Any, settings: AuthSettings) -> VerifyKey:
     """One entry of a JWKS. Raises ConfigError with why it is of no use here."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kid"), str | NoneType):
         raise ConfigError([f"{name}: not a JWK (RFC 7517 4)"])
-    if entry.get("use", "sig") != "sig" or "verify" not in (entry.get("key_ops") or ["verify"]):
+    operations = entry.get("key_ops", ["verify"])
+    if entry.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
         raise ConfigError([f"{name}: not for verifying signatures"])
     if entry.get("kty") == "oct":
         raise ConfigError([f"{name}: a shared secret: use auth.secret_file"])

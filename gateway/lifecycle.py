@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import trio
 from trio_util import AsyncValue
 
-from gateway.signals import SIGNALS, release_signals
+from gateway.signals import SIGNALS, waiting_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,11 +61,16 @@ async def handle_signals(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Turn signals into what they mean, until cancelled."""
+
+    def act(number: int) -> None:
+        if number == signal.SIGHUP:
+            reload()
+        elif not lifecycle.drain():
+            stop_now()
+
     with trio.open_signal_receiver(*SIGNALS) as signals:
-        release_signals()
         task_status.started()
+        for number in waiting_signals():
+            act(number)
         async for number in signals:
-            if number == signal.SIGHUP:
-                reload()
-            elif not lifecycle.drain():
-                stop_now()
+            act(number)

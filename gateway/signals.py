@@ -1,22 +1,44 @@
-"""The daemon's signals, and how they wait until somebody can act on them. Imports nothing: it is needed first."""
+"""The daemon's signals before and after there is somebody to act on them. Imports next to nothing: it is needed first.
+
+While the program loads, SIGTERM and SIGINT end it, in order and with exit status 0: there is nothing to drain yet. From
+`hold_signals` on they wait for `waiting_signals`. SIGHUP always waits. All this by handlers of our own: process 1 has
+no default actions (pid_namespaces(7)), elsewhere the one of SIGHUP is to kill. When the event loop has ended, what
+still comes waits for nobody.
+"""
 
 from __future__ import annotations
 
 import signal
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+_waiting: list[int] = []
+_held: list[bool] = []
+
+
+def catch_signals() -> None:
+    """Take the signals from now on."""
+    for number in SIGNALS:
+        signal.signal(number, _caught)
+
+
+def _caught(number: int, _: FrameType | None) -> None:
+    if number != signal.SIGHUP and not _held:
+        raise SystemExit(0)
+    _waiting.append(number)
+
 
 def hold_signals() -> None:
-    """Let the signals wait until `release_signals`.
-
-    Called before anything else: until then a SIGHUP would kill, and as process 1, whose signals have no default action
-    (pid_namespaces(7)), a SIGTERM would be lost. Processes that are started meanwhile hold them too (signal(7)).
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Let what comes from now on wait: an event loop is about to run, where nothing may be raised at any place."""
+    _held.append(True)
 
 
-def release_signals() -> None:
-    """Take the signals that have come since `hold_signals`, and those to come."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+def waiting_signals() -> list[int]:
+    """What has come and nobody has acted on, once."""
+    found = list(_waiting)
+    _waiting.clear()
+    return found

@@ -33,7 +33,7 @@ from gateway.errors import GatewayError, NoThread, StartupError
 from gateway.orders import Orders
 from gateway.sidecar import server, summing
 from gateway.sidecar.asgi import Sidecar
-from gateway.signals import SIGNALS, release_signals
+from gateway.signals import SIGNALS, waiting_signals
 from gateway.sockets import in_url, open_listening_sockets
 from gateway.telemetry.logging import RateLimited
 from gateway.threads import in_thread
@@ -56,6 +56,8 @@ SILENT_S: Final = 10.0
 """A worker whose sidecar has not answered for this long does not count as ready."""
 HUNG_S: Final = 30.0
 """One that has not for this long is killed and started again, as systemd's watchdog does with a single gateway."""
+START_S: Final = 120.0
+"""How long a worker may take from its start to its sidecar: a second or two, more on a machine that is very busy."""
 DRAIN_MARGIN_S: Final = 5.0
 """How long after `drain.timeout_s` a worker that is draining may take to be gone before it is killed."""
 PARENT_POLL_S: Final = 1.0
@@ -132,6 +134,8 @@ class Supervisor:
         self._orders = orders
         self._load = load
         self._starting: AsyncValue[str] = AsyncValue("starting")
+        self._candidate: Settings | None = None
+        """Settings that no worker has taken yet."""
         self._unknown_fate = 0
         self._blind_s = 0.0
         self._past: dict[str, int] = {}
@@ -198,7 +202,7 @@ class Supervisor:
                 worker.faults = worker.faults or [f"worker {worker.number} ended with status {status}"]
                 self._begin_drain()
                 return
-            worker.faults = []
+            faults, worker.faults = worker.faults, []
             if self._drain.is_set():
                 self.failed = self.failed or (status != 0 and worker.sidecar != "")  # it had nothing to drain before
                 self._forget(worker)
@@ -208,7 +212,8 @@ class Supervisor:
             if trio.current_time() - worker.started_at >= LONG_LIFE_S:
                 worker.pause_s = FIRST_PAUSE_S
             pause_s, worker.pause_s = worker.pause_s, min(MAX_PAUSE_S, worker.pause_s * 2)
-            self._log.error("worker ended", worker=worker.number, status=status, started_again_after_s=pause_s)
+            why = {"faults": faults} if faults else {}
+            self._log.error("worker ended", worker=worker.number, status=status, started_again_after_s=pause_s, **why)
             with trio.move_on_after(pause_s):
                 await self._drain.wait()
 
@@ -231,7 +236,6 @@ class Supervisor:
     async def _live(self, worker: Worker) -> int | str:
         """Start a worker and wait for its end; its exit status, negative for a signal, or why it did not start."""
         worker.started_at = trio.current_time()
-        worker.starts += 1
         environment = {name: value for name, value in os.environ.items() if name not in systemd.VARIABLES}
         try:
             # A group of its own: a terminal's Ctrl-C is for the parent, which tells the workers once.
@@ -240,6 +244,7 @@ class Supervisor:
             )
         except (OSError, RuntimeError) as error:  # no memory, no process, no thread or no file for the moment
             return str(error)
+        worker.starts += 1
         worker.process = process
         if self._drain.is_set():  # it was asked for before there was a process to tell
             process.send_signal(signal.SIGTERM)
@@ -321,6 +326,8 @@ class Supervisor:
             if worker.reload and worker.process is not None:
                 worker.reload = False
                 worker.process.send_signal(signal.SIGHUP)
+        elif line == "reloaded":
+            self._settings, self._candidate = self._candidate or self._settings, None
         elif line == "ready":
             worker.ready = True
             self._log.info("worker ready", worker=worker.number)
@@ -330,18 +337,22 @@ class Supervisor:
 
     async def _handle_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with trio.open_signal_receiver(*SIGNALS) as signals:
-            release_signals()
             task_status.started()
+            for number in waiting_signals():
+                self._act(number)
             async for number in signals:
-                if number != signal.SIGHUP:
-                    self._begin_drain()
-                    continue
-                self._reload()
-                for worker in self._workers:
-                    if worker.process is not None and worker.sidecar:
-                        worker.process.send_signal(signal.SIGHUP)
-                    else:
-                        worker.reload = worker.process is not None
+                self._act(number)
+
+    def _act(self, number: int) -> None:
+        if number != signal.SIGHUP:
+            self._begin_drain()
+            return
+        self._reload()
+        for worker in self._workers:
+            if worker.process is not None and worker.sidecar:
+                worker.process.send_signal(signal.SIGHUP)
+            else:
+                worker.reload = worker.process is not None
 
     def _begin_drain(self) -> None:
         """Let all workers drain; called again, each cuts its drain short."""
@@ -356,10 +367,11 @@ class Supervisor:
                 worker.process.send_signal(signal.SIGTERM)
 
     def _reload(self) -> None:
-        """Read the settings again, for workers that are started from now on. A fault leaves the old ones.
+        """Read the settings again, for workers that are started from now on, once a worker has taken them.
 
-        The workers that run read them for themselves, and say what they think of them.
+        The workers that run read them for themselves, and say what they think of them; so a fault changes nothing.
         """
+        self._candidate = None
         if self._load is None:
             return
         try:
@@ -368,7 +380,7 @@ class Supervisor:
             self._log.error("reload failed, the old settings stay", faults=str(error).splitlines())
             return
         update = {name: getattr(settings, name) for name in ("routes", "auth", "tls", "log")}
-        self._settings = self._settings.model_copy(update=update)
+        self._candidate = self._settings.model_copy(update=update)
 
     async def _kill_late(self) -> None:
         """Kill the workers that are still there when a drain must be over."""
@@ -406,12 +418,13 @@ class Supervisor:
 
     def _kill_hung(self) -> None:
         for worker in self._workers:
-            if worker.process is None or not worker.sidecar or self._drain.is_set():
+            if worker.process is None or self._drain.is_set():
                 continue
-            silent_s = trio.current_time() - worker.heard_at
+            heard_at, patience_s = (worker.heard_at, HUNG_S) if worker.sidecar else (worker.started_at, START_S)
+            silent_s = trio.current_time() - heard_at
             if silent_s >= SILENT_S and worker.health.get("ready"):
                 worker.health = {**worker.health, "ready": False, "reasons": ["does not answer"]}
-            if silent_s >= HUNG_S:
+            if silent_s >= patience_s:
                 self._log.error("worker hangs, killed", worker=worker.number, silent_s=round(silent_s))
                 worker.process.kill()
 

@@ -203,7 +203,7 @@ def test_bad_frames_and_dead_letters_are_logged(start_daemon: Callable[..., Daem
         client.send_frame(TEXT, b"hello")
         assert client.read_close()[0] == 1003
         client.expect_end()
-    lines = [line for line in daemon.log().splitlines() if '"user_id": "noisy"' in line]
+    lines = [line for line in daemon.wait_log('"code": 1003').splitlines() if '"user_id": "noisy"' in line]
     assert any('"reason": "not_an_envelope"' in line for line in lines)
     assert any('"code": 1003' in line for line in lines)
 

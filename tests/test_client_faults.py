@@ -259,8 +259,8 @@ async def hold(
         finally:
             wake()
             reader.cancel()
-            with suppress(asyncio.CancelledError, ConnectionError):
-                await reader
+        with suppress(asyncio.CancelledError, ConnectionError):
+            await reader
     await asyncio.sleep(0.25)  # aiohttp's documentation, "Graceful Shutdown": TLS transports close after the session
     return lost
 

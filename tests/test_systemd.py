@@ -62,7 +62,7 @@ def test_ready_reload_watchdog_and_stop_are_told(
     assert "MONOTONIC_USEC=" in manager.hear("RELOADING=1")[-1]
     manager.hear("READY=1")
     assert daemon.stop() == 0
-    assert "EXTEND_TIMEOUT_USEC=50000000" in manager.hear("STOPPING=1")[-1]
+    assert "EXTEND_TIMEOUT_USEC=60000000" in manager.hear("STOPPING=1")[-1]
 
 
 def test_not_ready_while_kafka_is_not_reached(

@@ -42,6 +42,6 @@ def test_what_was_raised_on_purpose_comes_out_alone() -> None:
         run(raising, ConfigError(["a fault"]))
     with pytest.raises(KeyboardInterrupt):
         run(raising, ConfigError(["a fault"]), KeyboardInterrupt(), ValueError("what it caused"))
-    with pytest.raises(ExceptionGroup) as group:
+    with pytest.RaisesGroup(ConfigError, ValueError) as group:
         run(raising, ConfigError(["a fault"]), ValueError("a bug"))
     assert isinstance(leaf(group.value), ConfigError | ValueError)

@@ -150,7 +150,7 @@ def test_each_worker_has_its_own_spool_and_one_without_a_worker_is_named(start_d
     orphan.mkdir()
     (orphan / "0000000001.spool").write_bytes(b"GWSPOOL1")
     daemon.start()
-    assert f'"directory": "{orphan}"' in daemon.log()
+    daemon.wait_log(f'"directory": "{orphan}"')
 
 
 def test_port_in_use_is_one_line_and_exit_status_1(daemon: Daemon) -> None:

@@ -6,22 +6,28 @@ good as none (RFC 6454 4 and 6.1). A trailing dot of the host is the root label 
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
+_VISIBLE: Final = re.compile(r"[!-~]+\Z")
+_LABEL: Final = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?\Z")
 ANY_ORIGIN: Final = "*"
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
 def normal_host(host: str) -> str:
     """A host as it is compared: lower case, no trailing dot, IPv6 without brackets."""
-    return host.lower().strip("[]").removesuffix(".")
+    host = host.lower().strip("[]").removesuffix(".")
+    return str(ipaddress.IPv6Address(host)) if ":" in host else host
 
 
 def _bare(origin: str) -> SplitResult | None:
     """The parts of an Origin, with a scheme or without, None for what is none."""
-    if origin.startswith("//"):
+    if origin.startswith("//") or not _VISIBLE.match(origin):
         return None
     try:
         url = urlsplit(origin if "//" in origin else f"//{origin}")
@@ -29,7 +35,12 @@ def _bare(origin: str) -> SplitResult | None:
     except ValueError:
         return None
     more = url.path or "@" in url.netloc or "?" in origin or "#" in origin
-    return None if more or not url.hostname else url
+    if more or not url.hostname:
+        return None
+    try:
+        return url if ":" in normal_host(url.hostname) or _HOST.match(url.hostname) else None
+    except ValueError:  # colons, and no IPv6 address
+        return None
 
 
 def normal(origin: str) -> str | None:
@@ -52,7 +63,7 @@ def check_public(origin: str) -> str:
     """An http or https Origin in its one form; one slash behind it is forgiven. Raises ValueError for what no browser
     ever sends."""
     found = normal(origin.removesuffix("/"))
-    if found is None or not found.startswith(("http://", "https://")) or "*" in found or not found.isascii():
+    if found is None or not found.startswith(("http://", "https://")):
         raise ValueError(f"{origin!r} is not an Origin a browser sends: wanted https://host or https://host:port")
     return found
 

@@ -32,6 +32,9 @@ class Origin(Protocol):
     def principal(self) -> Principal: ...
     @property
     def path(self) -> str: ...
+    @property
+    def backlog(self) -> int:
+        """Messages that were read and not handed over yet."""
 
     def settle(self, index: int, /) -> None:
         """Message ``index`` of this connection is in Kafka, in the spool, or dropped and reported; 0 is nobody's."""

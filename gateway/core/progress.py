@@ -20,6 +20,8 @@ STALLED_S: Final = 5.0
 """Messages in flight and none confirmed for this long: Kafka's own delays are a hundredth of it."""
 REFUSED_MESSAGES: Final = 10
 """So many refused in a row, and none taken, are not the messages' fault."""
+FORGET_S: Final = 30.0
+"""An alarm about refusals ends so long after the last one: nobody may be sending any more."""
 
 
 @dataclass(slots=True)
@@ -27,7 +29,10 @@ class _Type:
     settled: int = 0
     delivered: int = 0
     refused: int = 0
-    """`Tally` counts when something was last delivered."""
+    """`Tally` counts when something was last delivered, or the alarm was forgotten."""
+    refusals: int = 0
+    """The count of refusals at the last look, and when it had changed."""
+    refused_at: float = 0.0
     moved_at: float = 0.0
     """When something was last settled, or nothing was in flight."""
 
@@ -38,16 +43,21 @@ class Progress:
     def __init__(self) -> None:
         self._types: dict[str, _Type] = {}
         self.reasons: tuple[str, ...] = ()
+        self.stalled = False
+        """Messages of some type are in flight and none of them is confirmed."""
         self.stands_still = False
         """Something is in flight and nothing at all is confirmed."""
 
-    def look(self, by_type: Mapping[str, Tally], now: float) -> list[str]:
-        """Take the sums of this moment, ``now`` in seconds of any steady clock; return the alarms that are new."""
+    def look(self, by_type: Mapping[str, Tally], parked: Mapping[str, int], now: float) -> list[str]:
+        """Take the sums of this moment, ``now`` in seconds of any steady clock; return the alarms that are new.
+
+        ``parked``: how many messages in flight of each type wait for a partition that is known to take nothing.
+        """
         stalled, refusing, moving = [], [], False
         for message_type, tally in by_type.items():
             seen = self._types.setdefault(message_type, _Type(moved_at=now))
             settled = tally.received - tally.in_flight
-            if not tally.in_flight or settled != seen.settled:
+            if tally.in_flight <= parked.get(message_type, 0) or settled != seen.settled:
                 moving = moving or settled != seen.settled
                 seen.settled, seen.moved_at = settled, now
             elif now - seen.moved_at >= STALLED_S:
@@ -55,10 +65,13 @@ class Progress:
             else:
                 moving = True  # for all that is known yet
             refused = tally.dead_lettered + tally.spooled + tally.dropped
-            if tally.delivered != seen.delivered:
+            if refused != seen.refusals:
+                seen.refusals, seen.refused_at = refused, now
+            if tally.delivered != seen.delivered or now - seen.refused_at >= FORGET_S:
                 seen.delivered, seen.refused = tally.delivered, refused
             elif message_type != UNKNOWN_TYPE and refused - seen.refused >= REFUSED_MESSAGES:
                 refusing.append(message_type)
+        self.stalled = bool(stalled)
         self.stands_still = bool(stalled) and not moving
         before = self.reasons
         self.reasons = (

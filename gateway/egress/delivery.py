@@ -11,8 +11,9 @@ producer hands back is queued again with the next one, in the order in which it 
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -89,6 +90,8 @@ class Delivery:
         self._deferred: deque[_Onward] = deque()
         self._parking = Parking(producer.partition_counts)
         self._parked: deque[_Onward] = deque()
+        self.parked_types: Counter[str] = Counter()
+        """How many messages of each type are parked: Kafka is not asked to confirm these."""
         self.on_parked: Callable[[], None] = lambda: None
         """Sessions are to open their lanes anew: other partitions are parked now."""
         producer.after_poll = self._retry_deferred
@@ -99,6 +102,11 @@ class Delivery:
         returned = sum(lane.returned for lane in self._returned)
         waiting = returned + len(self._handed_back) + len(self._deferred) + len(self._parked)
         return len(self._producer) + waiting
+
+    @property
+    def waiting_alone(self) -> int:
+        """Messages that connections keep back because their user's partition takes nothing."""
+        return self._parking.backlog
 
     # The Egress port
 
@@ -157,20 +165,23 @@ class Delivery:
             self._refused(report, record.topic, error.args[0])
         _count_received(tally, raw)
 
-    async def give_up(self) -> None:
+    async def give_up(self, deadline: float = math.inf) -> None:
         """Wait for Kafka no longer: what it has not confirmed, and whatever is handed over from now on, is spooled.
 
-        Takes up to `PURGE_TIMEOUT_S`, and some microseconds for each message; other tasks run meanwhile.
+        Some ten microseconds a message, other tasks run meanwhile. What has not been reported at ``deadline`` (Trio's
+        seconds), or once reports have ceased to come (`KafkaProducer.purge`), stays in flight until its report.
         """
         self._given_up = True
         self._producer.take_nothing_new()
-        await self._producer.purge()
-        self._take_back()
-        self._park(frozenset())
-        while self._deferred:
-            for _ in range(min(len(self._deferred), GIVE_UP_RECORDS)):
-                self._deferred.popleft().go()
-            await trio.lowlevel.checkpoint()
+        with trio.CancelScope(deadline=deadline):
+            await self._producer.purge()
+            self._park(frozenset())
+            while self._deferred or self._handed_back or self._returned:  # reports go on coming
+                self._take_back()
+                while self._deferred:
+                    for _ in range(min(len(self._deferred), GIVE_UP_RECORDS)):
+                        self._deferred.popleft().go()
+                    await trio.lowlevel.checkpoint()
         self._gave_up = True
 
     # Kafka's reports
@@ -185,14 +196,20 @@ class Delivery:
 
         Once the drain has given up, late reports are not gathered: each goes on at once.
         """
-        fault, final = fault_of(error.code()), refuses_record(error.code())
+        topic = message.topic() or ""
+        fault, final = self._fault(error, topic), refuses_record(error.code())
         if fault is Fault.BATCH and self._producer.sends_alone(len(message.value() or b"")):
             fault, final = Fault.RECORD, True
         if fault is not Fault.RECORD and fault is not Fault.PURGED:
-            self._producer.note_fault(fault, error, message.topic() or "")
+            self._producer.note_fault(fault, error, topic)
         if self._gave_up:
             return False
         return self._given_up or fault is not Fault.RECORD or (bool(self._producer.broken) and not final)
+
+    def _fault(self, error: Any, topic: str) -> Fault:
+        """Whose fault ``error`` is. Nobody waits for a topic that no route names: an old record's is its own."""
+        fault = fault_of(error.code())
+        return Fault.RECORD if fault is Fault.TOPIC and topic not in self.routes.all_topics() else fault
 
     def note_returned(self, lane: Lane) -> None:
         """``lane`` has got a record back."""
@@ -252,6 +269,7 @@ class Delivery:
         elif partition is not None:
             self._parking.add_waiter(partition, report.origin)
             self._parked.append(_Onward(report, topic, partial(self._produce, report, topic, value, uncertain)))
+            self.parked_types[report.tally.message_type] += 1
         else:
             # A dead letter's CreateTime is now, or brokers that are strict about it would refuse it for ever.
             received_at_ms = report.received_at_ms if report.headers is None else 0
@@ -274,7 +292,7 @@ class Delivery:
             self._producer.note_full()
             raise QueueFull from None
         except KafkaException as error:
-            fault = fault_of(error.args[0].code())
+            fault = self._fault(error.args[0], topic)
             if fault in (Fault.PRODUCER, Fault.TOPIC):
                 self._producer.note_fault(fault, error.args[0], topic)
                 raise QueueFull from None
@@ -394,6 +412,9 @@ class Delivery:
                 return True
             except KafkaException as error:  # the record was taken once; it is not now
                 self._refused(onward.report, onward.topic, error.args[0])
+            except Exception:  # the barrier around each message: it counts as in flight, so the drain names it
+                deferred.popleft()
+                raise
             deferred.popleft()
         return False
 
@@ -406,6 +427,7 @@ class Delivery:
         ]
         self._handed_back += self._parked
         self._parked.clear()
+        self.parked_types.clear()
         self._take_back()
         self.on_parked()
         for waiter in waiters:

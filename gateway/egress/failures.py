@@ -43,6 +43,7 @@ _FAULTS: Final = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED: Fault.TOPIC,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED: Fault.TOPIC,
     KafkaError.MSG_SIZE_TOO_LARGE: Fault.BATCH,  # the broker checks batches, not records
+    KafkaError.RECORD_LIST_TOO_LARGE: Fault.BATCH,
     KafkaError._INVALID_DIFFERENT_RECORD: Fault.NEIGHBOUR,
     KafkaError.INVALID_TIMESTAMP: Fault.RECORD,
     KafkaError.INVALID_RECORD: Fault.RECORD,

@@ -21,6 +21,10 @@ TopicPartition = tuple[str, int]
 class Waiter(Protocol):
     """A connection that can wait for a partition of its own."""
 
+    @property
+    def backlog(self) -> int:
+        """Messages that wait with it."""
+
     def wait_alone(self) -> None:
         """Hand over nothing until `go_on`."""
 
@@ -43,6 +47,11 @@ class Parking:
     def partitions(self) -> frozenset[TopicPartition]:
         """The parked partitions."""
         return frozenset(self._waiters)
+
+    @property
+    def backlog(self) -> int:
+        """Messages that wait in the connections."""
+        return sum(waiter.backlog for waiter in {waiter for waiters in self._waiters.values() for waiter in waiters})
 
     def park(self, partition: TopicPartition) -> None:
         """From now on nothing is queued for ``partition``."""

@@ -49,6 +49,7 @@ ROOM_AGAIN: Final = 0.75
 """A full queue has room again when it has shrunk to this share: not a pause for every record."""
 METADATA_TIMEOUT_S: Final = 3.0
 PURGE_TIMEOUT_S: Final = 2.0
+"""How long a purge waits for the next report."""
 PROBE_TIMEOUT_S: Final = 2.0
 PROBE_PAUSE_S: Final = 1.0
 """Between asking a cluster that did not answer."""
@@ -174,7 +175,10 @@ class KafkaProducer:
         """Partitions that take nothing while others do, once they had filled the queue."""
         self.on_unwritable: Callable[[frozenset[TopicPartition]], None] = lambda partitions: None
         """Told of ``unwritable`` whenever it has changed, before anything is queued again."""
-        self._look_at = math.inf
+        self.stalled = False
+        """Somebody has seen that records of some kind are not confirmed: partitions may be why."""
+        self._full_since = math.inf
+        self._seen_unwritable: frozenset[TopicPartition] = frozenset()
         self._said_unreachable = False
         self._failures = 0
         self._counters = counters
@@ -250,9 +254,12 @@ class KafkaProducer:
         """A record found no room; `on_room` is called when there is some again."""
         self._room_at = int(len(self._producer) * ROOM_AGAIN)
         if not self.full:
-            self.full = True
-            self._look_at = trio.current_time() + FULL_S
+            self._set_full()
             self._counters.pauses += 1
+
+    def _set_full(self) -> None:
+        self.full = True
+        self._full_since = trio.current_time()
 
     def sends_alone(self, size: int) -> bool:
         """Whether a record with a value of ``size`` bytes had its batch for itself."""
@@ -276,7 +283,8 @@ class KafkaProducer:
         if not self.broken:
             self.broken = reason
             self.produce = _no_room
-            self.full = True
+            if not self.full:
+                self._set_full()
             self._room_at = sys.maxsize
             self._log.error("another producer is needed", error=reason, fault=fault.value)
             self.on_broken()
@@ -288,8 +296,8 @@ class KafkaProducer:
             self._failures = 0
             raise _EnoughForNow
 
-    def poll(self) -> None:
-        """Read delivery reports, and say so if a full queue has room again.
+    def poll(self) -> bool:
+        """Read delivery reports, and say so if a full queue has room again; true when more reports may be there.
 
         All those that are there, but no more than `REPORTS_AT_ONCE` failures. confluent-kafka raises a fatal error of
         the idempotent producer from here instead of reporting it, and whatever a callback raised.
@@ -297,11 +305,19 @@ class KafkaProducer:
         try:
             self._producer.poll(0)
         except _EnoughForNow:
-            return
+            return True
         except KafkaException as error:
             self.note_broken(error.args[0].str())
         except Exception as error:  # the barrier around each report
             self._log.error("handling a report failed", exc_info=error)
+        try:
+            self._go_on()
+        except Exception as error:  # the barrier around each message that is queued again, and each connection
+            self._log.error("queueing again failed", exc_info=error)
+        return False
+
+    def _go_on(self) -> None:
+        """Queue what found no room before, then let others go on."""
         crowded = self.after_poll()
         if self.full and not self.broken and not crowded and len(self._producer) <= self._room_at:
             self.full = False
@@ -313,12 +329,13 @@ class KafkaProducer:
         """Poll, and replace a broken producer, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch)
+            nursery.start_soon(self._watch_partitions)
             while True:
                 self.poll()
                 if self.broken:
                     await self._renew(nursery)
-                elif (self.full or self.unwritable) and trio.current_time() >= self._look_at:
-                    await self._look_at_partitions()
+                elif self._seen_unwritable != self.unwritable:
+                    self._note_unwritable(self._seen_unwritable)
                 if trio.current_time() >= self._not_authorised_until:
                     self.not_authorised, self._not_authorised_until = (), math.inf
                 await trio.sleep(POLL_BUSY_S if len(self._producer) else POLL_QUIET_S)
@@ -335,6 +352,7 @@ class KafkaProducer:
             self._renew_pause_s = RENEW_PAUSE_S
         self._renewed_at = trio.current_time()
         while len(self._producer):
+            self._purge()
             await self._poll_for(POLL_BUSY_S)
         try:
             another = self._open()
@@ -362,25 +380,31 @@ class KafkaProducer:
         # after INVALID_PRODUCER_EPOCH librdkafka goes on sending what is queued
         self._purge()
 
-    async def _look_at_partitions(self) -> None:
-        """See which partitions take nothing; when that has changed, say so, and take back what they keep."""
-        self._look_at = trio.current_time() + FULL_S
-        try:
-            counts, unwritable = await in_thread(
-                partial(_unwritable, self._producer, list(self._topics), dict(self._min_isr)), abandon_on_cancel=True
-            )
-        except (KafkaException, NoThread):
-            return
-        self.partition_counts.update(counts)
-        if len(unwritable) == sum(counts.values()):
-            return  # an outage: everybody waits
-        if unwritable == self.unwritable or not (unwritable or self.unwritable):
-            return
+    async def _watch_partitions(self) -> None:
+        """While the queue stays full, or records are not confirmed, see which partitions take nothing."""
+        while True:
+            await trio.sleep(FULL_S)
+            full = self.full and trio.current_time() - self._full_since >= FULL_S
+            if not (full or self.stalled or self.unwritable):
+                continue
+            try:
+                counts, unwritable = await in_thread(
+                    partial(_unwritable, self._producer, list(self._topics), dict(self._min_isr)),
+                    abandon_on_cancel=True,
+                )
+            except (KafkaException, NoThread):
+                continue
+            self.partition_counts.update(counts)
+            if len(unwritable) < sum(counts.values()):  # else an outage: everybody waits
+                self._seen_unwritable = unwritable
+
+    def _note_unwritable(self, unwritable: frozenset[TopicPartition]) -> None:
+        """Say which partitions take nothing from now on, and take back what they keep."""
         names = ", ".join(f"{topic}/{number}" for topic, number in sorted(unwritable))
         self._log.warning("partitions that take nothing", partitions=names)
         more = unwritable - self.unwritable
         self.unwritable = unwritable
-        if more and self.full:
+        if more and (self.full or self.stalled):
             self.note_broken(f"{names} take nothing", Fault.PARTITION)
         self.on_unwritable(unwritable)
 
@@ -517,13 +541,18 @@ class KafkaProducer:
     async def purge(self) -> None:
         """Give up on everything queued or in flight; each record's report says so before this returns.
 
-        The reports come from librdkafka's threads: waits for them, `PURGE_TIMEOUT_S` at most.
+        The reports come from librdkafka's threads: waits for them until none has come for `PURGE_TIMEOUT_S`.
         """
         self._purge()
-        with trio.move_on_after(PURGE_TIMEOUT_S):
-            while len(self._producer):
-                self.poll()
+        left, until = len(self._producer), trio.current_time() + PURGE_TIMEOUT_S
+        while left and trio.current_time() < until:
+            if self.poll():
+                await trio.lowlevel.checkpoint()
+            else:
                 await trio.sleep(POLL_BUSY_S)
+            before, left = left, len(self._producer)
+            if left < before:
+                until = trio.current_time() + PURGE_TIMEOUT_S
 
     def _note_unreachable(self, reason: str) -> None:
         if not self._said_unreachable:
@@ -604,7 +633,8 @@ def _unwritable(
     """How many partitions the topics have, and which have no leader or too few replicas in sync."""
     counts, found = {}, set()
     for topic in topics:
-        partitions = producer.list_topics(topic, timeout=METADATA_TIMEOUT_S).topics[topic].partitions
+        metadata = producer.list_topics(topic, timeout=METADATA_TIMEOUT_S).topics.get(topic)
+        partitions = {} if metadata is None else metadata.partitions
         counts[topic] = len(partitions)
         for number, partition in partitions.items():
             if partition.leader < 0 or len(partition.isrs) < min_isr.get(topic, 1):

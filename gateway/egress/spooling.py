@@ -228,6 +228,11 @@ class SpooledOrigin:
     path: str
     segment: SegmentReplay
 
+    @property
+    def backlog(self) -> int:
+        """What waits is the record itself."""
+        return 0
+
     def settle(self, index: int) -> None:
         """The record is settled."""
         self.segment.settle()

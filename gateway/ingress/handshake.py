@@ -98,8 +98,8 @@ class Handshake:
         """Refuse a browser page of somebody else's (RFC 6455 10.2): absent and same-host Origins pass."""
         origin = request.one("origin")
         if origin is not None and not self.origins.admit(origin, request.host, request.port):
-            hosts = request.headers["host"]
-            raise Refused(refusals.ORIGIN_NOT_ALLOWED, f"Origin {origin!r}, Host {hosts[0]!r}")
+            host = request.headers["host"][0].partition("/")[0]
+            raise Refused(refusals.ORIGIN_NOT_ALLOWED, f"Origin {_without_path(origin)!r}, Host {host!r}")
 
     def _token(self, request: Request, query: dict[str, list[str]]) -> tuple[str, str | None]:
         """The token and the subprotocol to answer with, from the first place that has one."""
@@ -120,6 +120,13 @@ class Handshake:
         if self.allow_query_token and len(in_query) == 1:
             return in_query[0], chosen
         raise Refused(refusals.INVALID_TOKEN, "no_token")
+
+
+def _without_path(origin: str) -> str:
+    """An Origin for the log: what stands behind its host, and before it, may be secret."""
+    found = re.match(r"(?:[^/?#]*//)?(?:[^/?#]*@)?([^/?#]*)", origin)
+    scheme, slashes, _ = origin.partition("//")
+    return f"{scheme}{slashes}{found[1]}" if found and slashes and "?" not in scheme else (found[1] if found else "")
 
 
 def accept_key(key: str) -> str:

@@ -124,7 +124,7 @@ class Listener(Generic[C]):
         sockets, self._sockets = self._sockets, []
         for sock in sockets:
             for _ in range(LAST_ACCEPTS // ACCEPTS_PER_TURN):
-                if self._accept(sock, nursery) != "more":
+                if self._accept(sock, nursery, last=True) != "more":
                     break
             trio.lowlevel.notify_closing(sock)  # `run` may be waiting on it
             sock.close()
@@ -155,8 +155,13 @@ class Listener(Generic[C]):
             if state == "exhausted":
                 await trio.sleep(NO_DESCRIPTOR_PAUSE_S)
 
-    def _accept(self, listening: socket.socket, nursery: trio.Nursery) -> Literal["none", "more", "exhausted"]:
-        """Accept what is waiting: nothing more is, more may be, or the process is out of descriptors or memory."""
+    def _accept(
+        self, listening: socket.socket, nursery: trio.Nursery, *, last: bool = False
+    ) -> Literal["none", "more", "exhausted"]:
+        """Accept what is waiting: nothing more is, more may be, or the process is out of descriptors or memory.
+
+        The ``last`` ones have gathered: how many there are of one address says nothing.
+        """
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 sock, address = listening.accept()
@@ -171,13 +176,13 @@ class Listener(Generic[C]):
                 continue  # the connection died in the backlog (accept(2), "Error handling")
             try:
                 sock.setblocking(False)
-                self._receive(sock, str(address[0]), nursery)
+                self._receive(sock, str(address[0]), nursery, 0 if last else self._max_pending)
             except BaseException:
                 sock.close()
                 raise
         return "more"
 
-    def _receive(self, sock: socket.socket, address: str, nursery: trio.Nursery) -> None:
+    def _receive(self, sock: socket.socket, address: str, nursery: trio.Nursery, max_pending: int) -> None:
         """Judge a connection by its address alone, before any cryptography, and give it a task."""
         if self._open >= self._max_open:
             self._counters.handshakes["overflow"] += 1
@@ -187,7 +192,7 @@ class Listener(Generic[C]):
         host = network(address)
         pending = self._pending.get(host, 0)
         try:
-            if self._max_pending and pending >= self._max_pending:
+            if max_pending and pending >= max_pending:
                 raise Refused(refusals.TOO_MANY_ATTEMPTS, f"{pending} handshakes of this address are under way")
             self._handshake.admission.knock(host, trio.current_time())
         except Refused as refused:
@@ -331,17 +336,18 @@ def _reason(error: OSError) -> str:
 
 async def _tls_handshake(sock: ssl.SSLSocket) -> None:
     """Handshake without blocking. Raises TlsFailed; the caller's deadline bounds it."""
-    waits = 0
-    while True:
-        try:
-            sock.do_handshake()
-        except ssl.SSLWantReadError:
-            waits += 1
-            await trio.lowlevel.wait_readable(sock.fileno())
-        except ssl.SSLWantWriteError:
-            await trio.lowlevel.wait_writable(sock.fileno())
-        except OSError as error:
-            gone = isinstance(error, ssl.SSLEOFError | ConnectionError | ssl.SSLZeroReturnError)
-            raise TlsFailed(_reason(error), said=not gone or waits > 1) from None
-        else:
-            return
+    said = False
+    try:
+        await trio.lowlevel.wait_readable(sock.fileno())
+        said = bool(socket.socket.recv(sock, 1, socket.MSG_PEEK))  # the client speaks first
+        while True:
+            try:
+                sock.do_handshake()
+            except ssl.SSLWantReadError:
+                await trio.lowlevel.wait_readable(sock.fileno())
+            except ssl.SSLWantWriteError:
+                await trio.lowlevel.wait_writable(sock.fileno())
+            else:
+                return
+    except OSError as error:
+        raise TlsFailed(_reason(error), said=said) from None

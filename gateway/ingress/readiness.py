@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import select
-from collections import deque
+from collections import OrderedDict
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -80,7 +80,7 @@ class Readiness:
         self._connections: dict[int, Feedable] = {}
         self._unread: set[int] = set()  # descriptors that are not read: their connection holds its share
         self._writing: set[int] = set()  # descriptors that wait to write
-        self._stalled: deque[Feedable] = deque()
+        self._stalled: OrderedDict[Feedable, None] = OrderedDict()
         self._left: list[tuple[int, int]] = []  # of a turn that took too long: they go first in the next
         self._max_held_bytes = max_held_bytes
         self.held_bytes = 0
@@ -147,12 +147,18 @@ class Readiness:
 
     def stall(self, connection: Feedable) -> None:
         """Pause everybody; ``connection`` has something left to hand over."""
-        self.defer(connection)
         self.pause()
+        self.defer(connection)
 
     def defer(self, connection: Feedable) -> None:
         """``connection`` has something left to hand over, and room for it: its turn comes again."""
-        self._stalled.append(connection)
+        self._stalled[connection] = None
+        self._ring()
+
+    def _ring(self) -> None:
+        """Let `run` go on with what is stalled."""
+        if not self.paused and not self._epoll.closed:
+            os.eventfd_write(self._bell, 1)
 
     def pause(self) -> None:
         """Hand over nothing more."""
@@ -162,17 +168,16 @@ class Readiness:
 
     def resume(self) -> None:
         """Hand over again. Stalled connections go first; if one finds no room, everybody pauses again."""
-        if self.paused:
-            self.paused = False
-            self._catch_up()
-            if self._stalled and not self.paused and not self._epoll.closed:
-                os.eventfd_write(self._bell, 1)  # `run` goes on with it
+        self.paused = False
+        self._catch_up()
+        if self._stalled:
+            self._ring()
 
     def _catch_up(self) -> None:
         """Let stalled connections hand over, for `TURN_S` at most."""
         until = perf_counter() + TURN_S
         while self._stalled and not self.paused:
-            connection = self._stalled.popleft()
+            connection, _ = self._stalled.popitem(last=False)
             try:
                 connection.resume()
             except Exception as error:  # the barrier around each connection

@@ -158,8 +158,8 @@ class Session(Connection):
                 self._readiness.defer(self)
             self._backlog.append(item)
             self._note_held(_weight(item))
-        if not self._readiness.may_hold(self._held_bytes):
-            self._readiness.want_read(self, False)
+        if self._backlog is not None and not self._readiness.may_hold(self._held_bytes):
+            self._readiness.want_read(self, False)  # until `_forget_backlog`
 
     def _note_held(self, change: int) -> None:
         self._held_bytes += change
@@ -308,6 +308,8 @@ class Session(Connection):
         backlog = self._backlog
         if backlog is None:
             return
+        if self.state == ENDED:
+            self.forget_routes()  # its company's books may have been closed since the last time
         chunk = [backlog.popleft() for _ in range(min(RESUMED_MESSAGES, len(backlog)))]
         self._note_held(-sum(_weight(item) for item in chunk))
         try:
@@ -353,7 +355,7 @@ class Session(Connection):
         return self.state == OPEN and acks is not None and acks.settled < self.received
 
     async def _settle(self) -> None:
-        while self._backlog is not None:
+        while self._backlog is not None and (self._backlog or not self._alone):
             await self._park()
 
     def forget_routes(self) -> None:
@@ -399,7 +401,8 @@ class Session(Connection):
         self.send_notices()
 
     def tell_degraded(self, degraded: bool) -> None:
-        """Say once that reading has stopped, and once that it goes on."""
+        """Say once that reading has stopped, and once that it goes on: not while this connection waits alone."""
+        degraded = degraded or self._alone
         if degraded != self._degraded:
             self._degraded = degraded
             self._tell(control.degraded() if degraded else control.recovered())

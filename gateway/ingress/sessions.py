@@ -80,10 +80,19 @@ class Sessions:
         for session in self._sessions:
             session.forget_routes()
 
-    def tell_degraded(self, degraded: bool) -> None:
-        """Tell every session, those too that came since the last time."""
+    def tell_degraded(self, *, unconfirmed_only: bool) -> None:
+        """Tell every session that Kafka takes nothing, those too that came since the last time.
+
+        ``unconfirmed_only`` leaves out those that Kafka owes no answer: they may be going to partitions that are well.
+        """
         for session in self:
-            session.tell_degraded(degraded)
+            if not unconfirmed_only or session.unsettled:
+                session.tell_degraded(True)
+
+    def tell_recovered(self) -> None:
+        """Tell every session that was told otherwise."""
+        for session in self:
+            session.tell_degraded(False)
 
     def slices(self, count: int) -> list[list[Session]]:
         """All sessions in ``count`` slices at most, of at least `MIN_SLICE` each."""

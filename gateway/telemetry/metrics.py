@@ -150,7 +150,10 @@ class ProcessCollector:
 
     def __init__(self) -> None:
         booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        self._started_at = booted_at + int(self._stat()[19]) / os.sysconf("SC_CLK_TCK")
+        try:
+            self._started_at = booted_at + int(self._stat()[19]) / os.sysconf("SC_CLK_TCK")
+        except OSError:  # no /proc at all
+            self._started_at = time.time()
 
     @staticmethod
     def _stat() -> list[str]:
@@ -159,10 +162,12 @@ class ProcessCollector:
 
     def collect(self) -> Iterable[Metric]:
         """The metric families (prometheus-client's Collector protocol)."""
-        stat = self._stat()
+        try:
+            stat, descriptors = self._stat(), len(os.listdir("/proc/self/fd"))
+        except OSError:
+            return
         cpu_s = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
         resident = int(stat[21]) * os.sysconf("SC_PAGE_SIZE")
-        descriptors = len(os.listdir("/proc/self/fd"))
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         yield CounterMetricFamily("process_cpu_seconds", "User and system CPU time.", value=cpu_s)
         yield GaugeMetricFamily("process_virtual_memory_bytes", "Virtual memory size.", float(stat[20]))

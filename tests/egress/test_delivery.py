@@ -44,6 +44,7 @@ class Sender:
         self.rejected: list[tuple[str, int]] = []
         self.lanes: dict[str, Lane] = {}
         self.waiting_alone = False
+        self.backlog = 0
 
     def wait_alone(self) -> None:
         self.waiting_alone = True
@@ -221,6 +222,59 @@ async def test_unreachable_kafka_is_not_reached_and_a_flush_ends_in_time(make_si
     assert sender.settled == [], "what is dropped is never acked"
 
 
+async def test_nothing_is_left_behind_when_very_much_is_given_up(make_side: Make) -> None:
+    """More than is reported in one poll, out of a producer that has taken another one's place."""
+    count, senders = 20_000, [Sender() for _ in range(20)]
+    side = make_side("127.0.0.1:1")
+    for number in range(count):
+        side.send(b"%d" % number, index=number // 20 + 1, sender=senders[number % 20])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(side.producer.run)
+        side.producer.note_broken("as a fatal error would")
+        with trio.fail_after(30):
+            while side.producer.broken or len(side.producer) < count:
+                await trio.sleep(0.01)
+            await side.delivery.give_up()
+        totals = side.books.totals()
+        assert (totals.dropped, totals.in_flight, totals.imbalance, len(side.delivery)) == (count, 0, 0, 0)
+        nursery.cancel_scope.cancel()
+
+
+async def test_old_record_for_a_topic_that_is_gone_becomes_a_dead_letter(
+    embedded_broker: Broker, make_side: Make
+) -> None:
+    """No route names it any more, so nobody waits for it to come back."""
+    side = make_side(embedded_broker.bootstrap_servers, **{"topic.metadata.propagation.max.ms": 100})
+    assert await side.producer.check_topics(["tick-data", "failed-messages"])
+    origin: Any = Sender()
+    side.delivery.replay(replace(SPOOLED, topic="old-topic", headers=None), origin)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(side.producer.run)
+        with trio.fail_after(30):
+            while side.books.totals().in_flight:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert (side.books.totals().dead_lettered, side.counters.renewals) == (1, 0)
+
+
+async def test_bug_in_queueing_again_ends_nothing(embedded_broker: Broker, make_side: Make) -> None:
+    side = make_side(embedded_broker.bootstrap_servers)
+
+    def fails() -> None:
+        raise RuntimeError("a bug")
+
+    side.producer.on_room = fails
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(side.producer.run)
+        side.producer.note_broken("as a fatal error would")
+        with trio.fail_after(30):
+            while side.producer.broken or side.producer.full:
+                await trio.sleep(0.01)
+        side.send(b"goes on")
+        await settle(side)
+        nursery.cancel_scope.cancel()
+
+
 async def test_replay_that_is_given_up_is_in_the_books_and_still_in_the_spool(make_side: Make, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool", 1 << 30)
     spool.append([replace(SPOOLED, value=b"%d" % number) for number in range(10)])
@@ -324,7 +378,7 @@ async def test_dead_letter_topic_that_refuses_at_once_costs_the_message_and_noth
 async def test_producer_that_fails_for_good_is_replaced_and_what_it_held_arrives_in_order(make_side: Make) -> None:
     """A record that times out has left a gap in an idempotent producer's sequence."""
     with Daemon(settings={"log.level": "warning"}) as kafka:
-        side = make_side(kafka.kafka, **{"message.timeout.ms": 1000})
+        side = make_side(kafka.kafka, **{"message.timeout.ms": 4000})  # long enough for a busy machine afterwards
         sender = Sender()
         broken: list[str] = []
         room: list[bool] = []

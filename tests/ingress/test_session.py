@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from gateway import refusals
 from gateway.core import control
 from gateway.core.books import Tally
-from gateway.core.ports import QueueFull
+from gateway.core.ports import Parked, QueueFull
 from gateway.core.principal import Principal
 from gateway.ingress.connection import ConnectionLimits
 from gateway.ingress.readiness import Readiness
@@ -58,6 +58,7 @@ class ScriptedEgress:
     def __init__(self) -> None:
         self.room = 1_000_000
         self.bug: Exception | None = None
+        self.parked = False
         self.sent: list[bytes] = []
         self.dead: list[tuple[bytes, str]] = []
         self.took = trio.Event()
@@ -67,7 +68,7 @@ class ScriptedEgress:
     ) -> None:
         if self.bug is not None:
             raise self.bug
-        if not self.room:
+        if not self.room or self.parked:
             raise BufferError
         self.room -= 1
         self.sent.append(value)
@@ -80,6 +81,9 @@ class ScriptedEgress:
         try:
             self.produce(lane.topic, raw + stamp, b"", -1, lane)
         except BufferError:
+            if self.parked:
+                origin.wait_alone()
+                raise Parked from None
             raise QueueFull from None
 
     def dead_letter(self, origin: Any, raw: bytes, reason: str, index: int) -> None:
@@ -252,6 +256,48 @@ async def test_pings_behind_data_are_answered_while_nothing_is_handed_over() -> 
         it.egress.room = 10
         it.readiness.resume()
         assert it.egress.sent == [tick(number) for number in range(5)]
+
+
+async def test_connection_that_only_pings_is_read_again_after_others_held_all_there_is_to_hold() -> None:
+    async with world() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        it.readiness.pause()
+        it.readiness.held_bytes = 1 << 40
+        await it.peer.send_all(frame(0x9, b"1"))
+        assert await it.peer.receive_some() == b"\x8a\x011"
+        it.readiness.held_bytes = 0
+        it.readiness.resume()
+        await it.peer.send_all(frame(0x9, b"2"))
+        assert await it.peer.receive_some() == b"\x8a\x012"
+
+
+async def test_connection_that_waited_alone_goes_on_by_itself() -> None:
+    """Nobody else has to wake the loop, and what came meanwhile comes behind."""
+    async with world("gateway.v1.json") as it:
+        await it.peer.receive_some()
+        it.egress.parked = True
+        await it.peer.send_all(frame(0x2, tick(0)) + frame(0x2, tick(1)))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        it.session.tell_degraded(False)
+        await it.peer.send_all(frame(0x2, tick(2)) + frame(0x9, b""))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        told = await it.peer.receive_some()
+        assert b"degraded" in told
+        assert b"recovered" not in told, "what others may do now it may not"
+        assert not it.readiness.paused
+        assert (it.readiness.stalled, it.session.backlog) == (0, 3)
+        it.egress.parked = False
+        it.session.go_on()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert it.egress.sent == [tick(0), tick(1), tick(2)]
+
+
+async def test_connection_that_ends_while_it_waits_alone_with_nothing_leaves_at_once() -> None:
+    async with world() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        it.session.wait_alone()
+        await it.peer.send_eof()
+        await it.done.wait()
 
 
 async def test_what_is_held_during_a_pause_is_bounded_and_then_all_of_it_is_handed_over() -> None:
