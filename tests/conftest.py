@@ -15,6 +15,11 @@ from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
 from gateway.egress.embedded import EmbeddedKafka
 
 
+def pytest_xdist_auto_num_workers() -> int | None:
+    """``-n auto``: two workers a core, since most tests wait for processes most of the time."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else 2 * len(os.sched_getaffinity(0))
+
+
 @pytest.fixture(scope="session")
 def daemon() -> Iterator[Daemon]:
     """One daemon with an embedded Kafka for all tests that need no settings of their own."""
