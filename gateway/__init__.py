@@ -14,4 +14,9 @@ The way of one message::
 5. What was settled is acked, gathered by `ingress.heartbeat`.
 
 ``ingress`` and ``egress`` never import each other, ``core`` imports neither and does no I/O; `app` joins them.
+
+Around it: `__main__` takes the signals before anything else is imported, `cli` says what the command line means,
+`config` and `keys` what the settings mean, `running` how a fault of any kind ends a program. `app` is the daemon,
+`lifecycle` its states; `workers` runs several of them, each told by `orders` on its standard input. `sockets` listens,
+`threads` runs what blocks, `status` says how the daemon is.
 """
