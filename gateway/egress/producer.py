@@ -263,7 +263,11 @@ class KafkaProducer:
 
     def sends_alone(self, size: int) -> bool:
         """Whether a record with a value of ``size`` bytes had its batch for itself."""
-        return size > int(self._properties["batch.size"]) or int(self._properties["batch.size"]) == 1
+        properties = self._properties
+        return size > int(properties["batch.size"]) or 1 in (
+            int(properties["batch.size"]),
+            int(properties["batch.num.messages"]),
+        )
 
     def note_fault(self, fault: Fault, error: KafkaError, topic: str) -> None:
         """A record for ``topic`` failed for ``fault``, which is not its own: another producer must take over."""
