@@ -330,6 +330,11 @@ def create_topics(
 def leader(bootstrap_servers: str, topic: str) -> int:
     """The id of the broker that leads the topic's first partition."""
     admin = AdminClient({"bootstrap.servers": bootstrap_servers})
+    deadline = time.monotonic() + 30
+    while not _led(admin, topic):  # the broker that is asked may not have heard of it yet
+        if time.monotonic() > deadline:
+            raise KafkaUnavailable(f"no leader for {topic}")
+        time.sleep(0.05)
     found: int = admin.list_topics(topic, timeout=10).topics[topic].partitions[0].leader
     return found
 

@@ -242,7 +242,6 @@ class Gateway:
             by_type, parked = self._books.summary().by_type, self._delivery.parked_types
             for reason in self._progress.look(by_type, parked, trio.current_time()):
                 self._log.error("Kafka takes nothing", reason=reason)
-            self._producer.stalled = self._progress.stalled
             await trio.sleep(RECOUNT_S)
 
     # The life of the daemon
@@ -439,7 +438,8 @@ class Gateway:
     def _say_stopped(self) -> None:
         """The last account: what is neither in Kafka nor in the spool is lost to the gateway."""
         replayed = self._replay.unsettled if self._replay is not None else 0
-        self.lost = self._delivery.lost + self._books.totals().in_flight - replayed + self._readiness.backlog
+        self.lost = self._delivery.lost + self._books.totals().in_flight - replayed
+        self.lost += self._readiness.backlog + self._delivery.waiting_alone
         if self.lost:
             self._log.error(
                 "messages given up",

@@ -174,7 +174,7 @@ async def connect(
 ) -> AsyncIterator[Connection]:
     """Connect, authenticate and wait for the welcome; leaving closes with 1000 and waits for the answer.
 
-    When it leaves without an exception, the gateway has routed everything that was sent. Raises HandshakeRejected,
+    When it leaves without an exception, the gateway has read everything that was sent. Raises HandshakeRejected,
     ConnectionLost, OSError, alone or in an exception group.
     """
     try:

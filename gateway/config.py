@@ -319,6 +319,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path}: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: not TOML: {error}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{path}: not TOML: nested too deeply"]) from error
 
 
 def load(

@@ -27,9 +27,9 @@ def catch_signals() -> None:
 
 
 def _caught(number: int, _: FrameType | None) -> None:
+    _waiting.append(number)  # first: what is raised in some callback of the interpreter is lost
     if number != signal.SIGHUP and not _held:
         raise SystemExit(0)
-    _waiting.append(number)
 
 
 def hold_signals() -> None:

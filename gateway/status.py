@@ -73,6 +73,9 @@ class Status:
             reasons.append("kafka_unavailable")
         elif self.producer.broken:
             reasons.append("kafka_producer_replaced")
+        reasons += [
+            f"kafka_stalled: no partition of {topic} takes records" for topic in self.producer.unwritable_topics
+        ]
         reasons += self.progress.reasons
         if self.producer.full:
             reasons.append("producer_queue_full")

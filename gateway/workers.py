@@ -231,7 +231,7 @@ class Supervisor:
             name = "unknown_fate" if name == "in_flight" else name
             self._past[name] = self._past.get(name, 0) + value
         worker.page, worker.health, worker.process, worker.complete = {}, {}, None, False
-        worker.sidecar, worker.ready, worker.reload = "", False, False
+        worker.sidecar, worker.ready = "", False
 
     async def _live(self, worker: Worker) -> int | str:
         """Start a worker and wait for its end; its exit status, negative for a signal, or why it did not start."""
@@ -352,7 +352,7 @@ class Supervisor:
             if worker.process is not None and worker.sidecar:
                 worker.process.send_signal(signal.SIGHUP)
             else:
-                worker.reload = worker.process is not None
+                worker.reload = True  # as soon as it listens
 
     def _begin_drain(self) -> None:
         """Let all workers drain; called again, each cuts its drain short."""
@@ -379,8 +379,13 @@ class Supervisor:
         except GatewayError as error:
             self._log.error("reload failed, the old settings stay", faults=str(error).splitlines())
             return
+        except Exception as error:  # no file may end a daemon that runs
+            self._log.error("reload failed, the old settings stay", exc_info=error)
+            return
         update = {name: getattr(settings, name) for name in ("routes", "auth", "tls", "log")}
         self._candidate = self._settings.model_copy(update=update)
+        if not any(worker.process for worker in self._workers):  # nobody runs who could judge them
+            self._settings, self._candidate = self._candidate, None
 
     async def _kill_late(self) -> None:
         """Kill the workers that are still there when a drain must be over."""

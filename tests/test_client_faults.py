@@ -423,6 +423,7 @@ SERVED: dict[str, tuple[str, dict[str, str]]] = {
     "default port in Origin": ("/ws/mt5", {"Origin": "https://gw.example:443"}),
     "default port in Host": ("/ws/mt5", {"Host": "gw.example:443", "Origin": "https://gw.example"}),
     "default port of http in Origin": ("/ws/mt5", {"Host": "gw.example:80", "Origin": "http://gw.example"}),
+    "default port in Origin only": ("/ws/mt5", {"Host": "gw.example:8001", "Origin": "http://gw.example:80"}),
 }
 
 

@@ -142,6 +142,32 @@ def test_sighup_reaches_every_worker(start_daemon: Callable[..., Daemon]) -> Non
     wait_for(lambda: daemon.log().count('"event": "reloaded"') == 2, "both have read it")
 
 
+def test_settings_of_a_reload_while_no_worker_runs_are_those_that_workers_come_back_with(
+    start_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = start_daemon(workers=2)
+    victims = pids(daemon)
+    for pid in victims:
+        os.kill(pid, signal.SIGSTOP)  # both end at once
+    daemon.reconfigure(routes__topics={"tick_data": "elsewhere"})
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    daemon.wait_log('"event": "worker ended"')
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: len(health(daemon)["workers"]) == 2 and not {*pids(daemon)} & {*victims}, "both are there again")
+    taken = ('["elsewhere", "failed-messages"]', '"event": "reloaded"')  # started with it, or told when it listened
+    wait_for(lambda: sum(map(daemon.log().count, taken)) >= 2, "both have the new route")
+
+
+def test_parent_outlives_a_file_that_is_nested_too_deeply(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(workers=2)
+    (daemon.home / "gateway.toml").write_text("a = " + "[" * 5000)
+    daemon.signal(signal.SIGHUP)
+    daemon.wait_log("nested too deeply")
+    assert runs(daemon.pid)
+    assert daemon.get("/health/live")[0] == 200
+
+
 def test_each_worker_has_its_own_spool_and_one_without_a_worker_is_named(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(workers=2)
     assert sorted(path.name for path in (daemon.home / "spool").iterdir()) == ["worker-0", "worker-1"]

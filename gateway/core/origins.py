@@ -88,5 +88,5 @@ class OriginRules:
         url = _bare(origin)
         if url is None or url.hostname is None or url.scheme not in ("", *_DEFAULT_PORTS):
             return False
-        same_port = url.port is None or port is None or url.port == port
-        return same_port and normal_host(url.hostname) == normal_host(host)
+        theirs = None if url.port == _DEFAULT_PORTS.get(url.scheme) else url.port
+        return (theirs is None or port is None or theirs == port) and normal_host(url.hostname) == normal_host(host)

@@ -43,8 +43,6 @@ class Progress:
     def __init__(self) -> None:
         self._types: dict[str, _Type] = {}
         self.reasons: tuple[str, ...] = ()
-        self.stalled = False
-        """Messages of some type are in flight and none of them is confirmed."""
         self.stands_still = False
         """Something is in flight and nothing at all is confirmed."""
 
@@ -71,7 +69,6 @@ class Progress:
                 seen.delivered, seen.refused = tally.delivered, refused
             elif message_type != UNKNOWN_TYPE and refused - seen.refused >= REFUSED_MESSAGES:
                 refusing.append(message_type)
-        self.stalled = bool(stalled)
         self.stands_still = bool(stalled) and not moving
         before = self.reasons
         self.reasons = (

@@ -32,7 +32,7 @@ from gateway.egress.spool import Record
 from gateway.egress.spooling import SpooledOrigin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from gateway.core.books import Books, Tally
     from gateway.core.ports import Origin
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from gateway.telemetry.logging import RateLimited
     from gateway.telemetry.metrics import Counters
 
-GIVE_UP_RECORDS: Final = 1000
-"""Messages given up between two chances for other tasks."""
+RECORDS_AT_ONCE: Final = 2000
+"""Messages queued again, or given up, between two chances for other tasks: some 10 ms."""
 
 
 class _Onward(NamedTuple):
@@ -88,6 +88,7 @@ class Delivery:
         self._returned: dict[Lane, None] = {}
         self._handed_back: list[_Onward] = []
         self._deferred: deque[_Onward] = deque()
+        self._taking: Iterator[None] | None = None
         self._parking = Parking(producer.partition_counts)
         self._parked: deque[_Onward] = deque()
         self.parked_types: Counter[str] = Counter()
@@ -168,18 +169,21 @@ class Delivery:
     async def give_up(self, deadline: float = math.inf) -> None:
         """Wait for Kafka no longer: what it has not confirmed, and whatever is handed over from now on, is spooled.
 
-        Some ten microseconds a message, other tasks run meanwhile. What has not been reported at ``deadline`` (Trio's
-        seconds), or once reports have ceased to come (`KafkaProducer.purge`), stays in flight until its report.
+        Some ten microseconds a message, other tasks run meanwhile. What has not been reported half-way to ``deadline``
+        (Trio's seconds), or once reports have ceased to come (`KafkaProducer.purge`), stays in flight until its report.
         """
         self._given_up = True
         self._producer.take_nothing_new()
-        with trio.CancelScope(deadline=deadline):
+        now = trio.current_time()
+        with trio.CancelScope(deadline=now + (deadline - now) / 2):
             await self._producer.purge()
+        with trio.CancelScope(deadline=deadline):
             self._park(frozenset())
             while self._deferred or self._handed_back or self._returned:  # reports go on coming
-                self._take_back()
+                while not self._take_some_back():
+                    await trio.lowlevel.checkpoint()
                 while self._deferred:
-                    for _ in range(min(len(self._deferred), GIVE_UP_RECORDS)):
+                    for _ in range(min(len(self._deferred), RECORDS_AT_ONCE)):
                         self._deferred.popleft().go()
                     await trio.lowlevel.checkpoint()
         self._gave_up = True
@@ -398,13 +402,13 @@ class Delivery:
             self._deferred.append(onward)
 
     def _retry_deferred(self) -> bool:
-        """Queue in order what found no room before; true while some is left."""
+        """Queue in order some of what found no room before; true while more is left."""
         if self._producer.broken or self._given_up:
             return True
-        if self._handed_back or self._returned:
-            self._take_back()
+        if not self._take_some_back():
+            return True
         deferred = self._deferred
-        while deferred:
+        for _ in range(min(len(deferred), RECORDS_AT_ONCE)):
             onward = deferred[0]
             try:
                 onward.go()
@@ -416,7 +420,7 @@ class Delivery:
                 deferred.popleft()
                 raise
             deferred.popleft()
-        return False
+        return bool(deferred)
 
     def _park(self, partitions: frozenset[TopicPartition]) -> None:
         """Park these partitions, and reopen those that are not among them: what was parked goes first, in order."""
@@ -428,17 +432,30 @@ class Delivery:
         self._handed_back += self._parked
         self._parked.clear()
         self.parked_types.clear()
-        self._take_back()
         self.on_parked()
         for waiter in waiters:
             waiter.go_on()  # behind what was parked: `_check_turn`
 
-    def _take_back(self) -> None:
-        """Put what the producer handed back, and what still waits, into the order in which it came."""
-        for lane in sorted(self._returned, key=lambda lane: lane.number):
-            for report, uncertain in lane.take_back():
-                self._hand_back(report, lane.topic, report.record, uncertain)
-        self._returned.clear()
+    def _take_some_back(self) -> bool:
+        """Go on with `_take_back`; false when there is more to do."""
+        if self._taking is None:
+            if not (self._handed_back or self._returned):
+                return True
+            self._taking = self._take_back()
+        for _ in range(RECORDS_AT_ONCE):
+            if next(self._taking, self) is self:
+                self._taking = None
+                return True
+        return False
+
+    def _take_back(self) -> Iterator[None]:
+        """Put what the producer handed back, and what still waits, into the order in which it came; a record a step."""
+        while self._returned:
+            for lane in sorted(self._returned, key=lambda lane: lane.number):
+                for report, uncertain in lane.take_back():
+                    self._hand_back(report, lane.topic, report.record, uncertain)
+                    yield
+                del self._returned[lane]
         self._deferred = deque(sorted((*self._handed_back, *self._deferred), key=lambda one: one.report.number))
         self._handed_back.clear()
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 from gateway.egress.failures import may_be_written
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gateway.core.books import Tally
     from gateway.core.ports import Origin
     from gateway.egress.delivery import Delivery
@@ -198,8 +200,10 @@ class Lane:
         """Records that the producer has handed back since `take_back`."""
         return len(self._returned_at_ms)
 
-    def take_back(self) -> list[tuple[Report, bool]]:
+    def take_back(self) -> Iterator[tuple[Report, bool]]:
         """All records under way, in the order in which they came, and whether Kafka may have each already.
+
+        They count as ``returned`` until the last one has been taken.
 
         librdkafka's purge reports those it had begun to send behind those it had not, in whatever number it came to.
         """
@@ -209,14 +213,12 @@ class Lane:
         unreported = len(entries) - len(times)
         uncertain = self._uncertain + unreported
         times = [min(times, default=0)] * unreported + times
-        self._returned_at_ms, self._uncertain = [], 0
-        found = []
         for position, entry in enumerate(entries):
             report = self._report(entry, 0)
             report.number = self._delivery.next_number()
             report.received_at_ms = report.received_at_ms or times[position]
-            found.append((report, position < uncertain))
-        return found
+            yield report, position < uncertain
+        self._returned_at_ms, self._uncertain = [], 0
 
 
 def _record(entry: bytes | Report) -> bytes:

@@ -21,6 +21,7 @@ import math
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -175,8 +176,6 @@ class KafkaProducer:
         """Partitions that take nothing while others do, once they had filled the queue."""
         self.on_unwritable: Callable[[frozenset[TopicPartition]], None] = lambda partitions: None
         """Told of ``unwritable`` whenever it has changed, before anything is queued again."""
-        self.stalled = False
-        """Somebody has seen that records of some kind are not confirmed: partitions may be why."""
         self._full_since = math.inf
         self._seen_unwritable: frozenset[TopicPartition] = frozenset()
         self._said_unreachable = False
@@ -249,6 +248,12 @@ class KafkaProducer:
         """From now on `produce` raises BufferError."""
         self._closed = True
         self.produce = _no_room
+
+    @property
+    def unwritable_topics(self) -> list[str]:
+        """Topics none of whose partitions take anything, while those of others do."""
+        counts = Counter(topic for topic, _ in self.unwritable)
+        return sorted(topic for topic, count in counts.items() if count == self.partition_counts.get(topic))
 
     def note_full(self) -> None:
         """A record found no room; `on_room` is called when there is some again."""
@@ -385,11 +390,11 @@ class KafkaProducer:
         self._purge()
 
     async def _watch_partitions(self) -> None:
-        """While the queue stays full, or records are not confirmed, see which partitions take nothing."""
+        """While the queue stays full, or partitions took nothing the last time, see which of them take nothing."""
         while True:
             await trio.sleep(FULL_S)
             full = self.full and trio.current_time() - self._full_since >= FULL_S
-            if not (full or self.stalled or self.unwritable):
+            if not (full or self.unwritable):
                 continue
             try:
                 counts, unwritable = await in_thread(
@@ -408,7 +413,7 @@ class KafkaProducer:
         self._log.warning("partitions that take nothing", partitions=names)
         more = unwritable - self.unwritable
         self.unwritable = unwritable
-        if more and (self.full or self.stalled):
+        if more and len(self._producer):  # theirs would stay in the queue, and keep it full
             self.note_broken(f"{names} take nothing", Fault.PARTITION)
         self.on_unwritable(unwritable)
 

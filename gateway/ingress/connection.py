@@ -330,7 +330,6 @@ class Connection:
                 await self._park()
             if self.state == CLOSING:
                 await self._await_peer_close()
-            await self._settle()
             if self.outcome not in ("peer_lost", "stalled_peer"):
                 with trio.move_on_after(self._limits.close_timeout_s):
                     await self._half_close_and_drain()
@@ -359,9 +358,6 @@ class Connection:
             while self.state == CLOSING:
                 await self._park()
         self._end(self.outcome)
-
-    async def _settle(self) -> None:
-        """Wait until nothing of this connection is left to hand over; a hook for subclasses."""
 
     async def _half_close_and_drain(self) -> None:
         """Write the rest, send FIN, read to the end of file.

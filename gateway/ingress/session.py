@@ -2,7 +2,8 @@
 
 Everything here runs inside `Readiness`' turn, synchronously. One connection's messages are handed over in the order
 in which they were received: when the producer has no room, and while handing over is paused, they wait in ``_backlog``,
-in order, up to the connection's share; then it is not read any more. Pings are answered meanwhile.
+in order, up to the connection's share; then it is not read any more. Pings and a close are answered meanwhile. What a
+connection leaves behind in its backlog is handed over without it.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ from gateway.core.ports import Parked, QueueFull
 from gateway.errors import NotAnEnvelope
 from gateway.ingress import frames
 from gateway.ingress.connection import ENDED, OPEN, Connection
-from gateway.ingress.frames import Ping, Pong
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from gateway.core.ports import Egress, Lane
     from gateway.core.principal import Principal
@@ -56,9 +56,9 @@ class _Alone(list["Item"]):
     """What waits for its user's partition, and for nobody else's."""
 
 
-def _weight(item: Item) -> int:
-    """Bytes an item takes in a backlog, about."""
-    return ITEM_BYTES + (len(item) if isinstance(item, bytes | str) else 0)
+def _weight(messages: Iterable[bytes]) -> int:
+    """Bytes that messages take in a backlog, about."""
+    return sum(ITEM_BYTES + len(message) for message in messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Session(Connection):
         self._lanes: dict[str, Lane] = {}
         self._last_lane: Lane | None = None
         self._last_pattern = NO_PATTERN
-        self._backlog: deque[Item] | None = None
+        self._backlog: deque[bytes] | None = None
         self._held_bytes = 0
         self._alone = False
         self._rejections: dict[str, tuple[int, int]] | None = None
@@ -146,20 +146,32 @@ class Session(Connection):
             self._put_back(rest)
 
     def _hold(self, items: list[Item]) -> None:
-        """Keep what cannot be handed over now, in order. Pings are answered, and a close with nothing before it."""
-        for item in items:
-            if isinstance(item, Ping | Pong) or not (self._backlog or isinstance(item, bytes)):
-                self._event(item)
-                if self.state == ENDED:
-                    break
-                continue
-            if self._backlog is None:
-                self._backlog = deque()
-                self._readiness.defer(self)
-            self._backlog.append(item)
-            self._note_held(_weight(item))
+        """Keep the messages that cannot be handed over now, in order. Everything else is answered at once."""
+        messages = self._messages(items)
+        if messages and self._backlog is None:
+            self._backlog = deque()
+            self._readiness.defer(self)
+        if self._backlog is not None:
+            self._backlog.extend(messages)
+            self._note_held(_weight(messages))
         if self._backlog is not None and not self._readiness.may_hold(self._held_bytes):
             self._readiness.want_read(self, False)  # until `_forget_backlog`
+
+    def _messages(self, items: Iterable[Item]) -> list[bytes]:
+        """The messages among ``items``; all else is handled."""
+        messages = []
+        for item in items:
+            if isinstance(item, bytes):
+                messages.append(item)
+            elif self._fails(item):
+                break
+        return messages
+
+    def _fails(self, item: Item) -> bool:
+        """Handle what is no message; true when it failed the connection: nothing behind counts (RFC 6455 7.1.7)."""
+        alive = self.state != ENDED
+        self._event(item)
+        return alive and self.state == ENDED and self.outcome not in ("peer_lost", "stalled_peer")
 
     def _note_held(self, change: int) -> None:
         self._held_bytes += change
@@ -178,11 +190,8 @@ class Session(Connection):
         # whatever raises, takes `_route` from the beginning. bench/micro.py has the gain.
         for item in rest:
             if item.__class__ is not bytes:
-                alive = self.state != ENDED
-                self._event(item)
-                if alive and self.state == ENDED and self.outcome not in ("peer_lost", "stalled_peer"):
-                    self._backlog = None if self._backlog is None else deque()
-                    return ()  # RFC 6455 7.1.7: nothing behind what failed the connection is processed
+                if self._fails(item):
+                    return ()
                 continue
             try:
                 size = len(item)
@@ -218,10 +227,11 @@ class Session(Connection):
 
     def _put_back(self, items: Sequence[Item]) -> None:
         """There is no room: these go first when there is, and everybody waits."""
+        messages = self._messages(items)
         if self._backlog is None:
             self._backlog = deque()
-        self._backlog.extendleft(reversed(items))
-        self._note_held(sum(_weight(item) for item in items))
+        self._backlog.extendleft(reversed(messages))
+        self._note_held(_weight(messages))
         if not isinstance(items, _Alone):
             self._readiness.stall(self)
         elif not self._alone:  # it has been let go on meanwhile
@@ -311,7 +321,7 @@ class Session(Connection):
         if self.state == ENDED:
             self.forget_routes()  # its company's books may have been closed since the last time
         chunk = [backlog.popleft() for _ in range(min(RESUMED_MESSAGES, len(backlog)))]
-        self._note_held(-sum(_weight(item) for item in chunk))
+        self._note_held(-_weight(chunk))
         try:
             rest = self._hand_over(chunk)
         except BaseException:
@@ -328,7 +338,6 @@ class Session(Connection):
         self._note_held(-self._held_bytes)
         self._backlog = None
         self._readiness.want_read(self, True)
-        self._wake()
 
     def wait_alone(self) -> None:
         """This user's partition takes nothing: hold what comes; nobody else waits with it."""
@@ -346,17 +355,13 @@ class Session(Connection):
     @property
     def backlog(self) -> int:
         """Messages that were read and could not be handed over yet."""
-        return sum(item.__class__ is bytes for item in self._backlog or ())
+        return len(self._backlog or ())
 
     @property
     def unsettled(self) -> bool:
         """Open, with messages that are not settled yet."""
         acks = self._acks
         return self.state == OPEN and acks is not None and acks.settled < self.received
-
-    async def _settle(self) -> None:
-        while self._backlog is not None and (self._backlog or not self._alone):
-            await self._park()
 
     def forget_routes(self) -> None:
         """Look every route up anew: the table has changed. What is in flight keeps its old lane."""

@@ -72,4 +72,4 @@ def test_what_is_parked_for_a_partition_is_not_waited_for() -> None:
     assert not progress.stands_still
     ticks.received, ticks.in_flight = 1001, 4
     progress.look({"tick_data": ticks}, {"tick_data": 3}, 20.0 + STALLED_S)
-    assert progress.stalled, "one more than is parked"
+    assert progress.reasons, "one more than is parked"

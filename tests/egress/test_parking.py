@@ -52,6 +52,18 @@ def test_who_waits_for_two_partitions_goes_on_when_both_are_open() -> None:
     assert not parking
 
 
+async def test_topic_with_no_partition_that_takes_anything_is_named(
+    embedded_broker: Broker,
+    make_side: Make,  # noqa: F811  # the fixture
+) -> None:
+    producer = make_side(embedded_broker.bootstrap_servers).producer
+    producer.partition_counts.update({"tick-data": 2, "user-events": 1, "notifications": 1})
+    producer.unwritable = frozenset({("tick-data", 0), ("user-events", 0)})
+    assert producer.unwritable_topics == ["user-events"]
+    producer.unwritable |= {("tick-data", 1)}
+    assert producer.unwritable_topics == ["tick-data", "user-events"]
+
+
 class Other(Sender):
     """A user of another partition."""
 

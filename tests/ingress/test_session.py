@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import trio
 import trio.lowlevel
 from google.protobuf.message import DecodeError
@@ -256,6 +257,41 @@ async def test_pings_behind_data_are_answered_while_nothing_is_handed_over() -> 
         it.egress.room = 10
         it.readiness.resume()
         assert it.egress.sent == [tick(number) for number in range(5)]
+
+
+@pytest.mark.parametrize("parked", [False, True])
+async def test_ping_in_the_same_read_as_what_finds_no_room_is_answered(parked: bool) -> None:
+    async with world() as it:
+        it.egress.room, it.egress.parked = 3, parked
+        ticks = b"".join(frame(0x2, tick(number)) for number in range(5))
+        await it.peer.send_all(ticks + frame(0x9, b"there?") + frame(0x2, tick(5)))
+        assert await it.peer.receive_some() == b"\x8a\x06there?"
+        assert it.session.backlog == (6 if parked else 3)
+        it.egress.room, it.egress.parked = 10, False
+        (it.session.go_on if parked else it.readiness.resume)()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert it.egress.sent == [tick(number) for number in range(6)]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+async def test_close_behind_what_waits_is_answered_and_what_waits_is_handed_over_without_the_connection(
+    apart: bool,
+) -> None:
+    async with world() as it:
+        it.egress.room = 1
+        await it.peer.send_all(frame(0x2, tick(0)) + frame(0x2, tick(1)))
+        if apart:
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        await it.peer.send_all(frame(0x2, tick(2)) + frame(0x8, b"\x03\xe8"))
+        assert await it.peer.receive_some() == b"\x88\x02\x03\xe8"
+        await it.peer.send_eof()
+        await it.done.wait()
+        assert (it.readiness.stalled, it.readiness.backlog, it.session.outcome) == (1, 2, "peer_closed")
+        it.egress.room = 10
+        it.readiness.resume()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert it.egress.sent == [tick(0), tick(1), tick(2)]
+        assert (it.readiness.stalled, it.readiness.held_bytes) == (0, 0)
 
 
 async def test_connection_that_only_pings_is_read_again_after_others_held_all_there_is_to_hold() -> None:
