@@ -16,8 +16,8 @@ from gateway.egress.embedded import EmbeddedKafka
 
 
 def pytest_xdist_auto_num_workers() -> int | None:
-    """``-n auto``: two workers a core, since most tests wait for processes most of the time."""
-    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else 2 * len(os.sched_getaffinity(0))
+    """``-n auto``: two workers a core, 16 at most, since tests wait for processes much of the time."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else min(16, 2 * len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(scope="session")
