@@ -786,7 +786,7 @@ def test_topic_of_a_thousand_partitions_costs_the_event_loop_no_more_than_one_of
 
     found: list[tuple[float, float]] = []
     while not any(of_many <= 1.25 * of_few + 1 for of_few, of_many in found):
-        assert len(found) < 3, f"milliseconds a second for 8 and for 1,000 partitions: {found}"
+        assert len(found) < 6, f"milliseconds a second for 8 and for 1,000 partitions: {found}"
         before = busy_ns(few), busy_ns(many)
         seconds = 5.0
         time.sleep(seconds)

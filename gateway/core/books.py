@@ -133,7 +133,7 @@ class Books:
             self._gone.setdefault(message_type, Tally()).add(tallies)
 
     def recount(self) -> Iterator[None]:
-        """Fold, and sum everything up in steps of less than a millisecond; others may run between two of them."""
+        """Fold, and sum everything up in steps of 2 ms or so with 10,000 companies; others may run between two."""
         self.fold()
         if len(self._companies) <= FEW_COMPANIES:
             self._counted = None

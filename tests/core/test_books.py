@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.core.books import Books, Tally
+from gateway.core.books import FEW_COMPANIES, SLICE_COMPANIES, Books, Tally
 
 
 def test_sums_are_over_companies_and_types() -> None:
@@ -47,3 +47,28 @@ def test_companies_that_are_gone_are_folded_and_still_counted() -> None:
     books.tally("acme", "tick_data").delivered += 1
     assert books.by_type()["tick_data"].received == 3
     assert books.totals().imbalance == 0
+
+
+def test_summary_of_many_companies_is_the_last_recounts_which_goes_on_slice_by_slice() -> None:
+    books = Books()
+    companies = FEW_COMPANIES + SLICE_COMPANIES
+    for number in range(companies):
+        books.open(f"company-{number}")
+        tally = books.tally(f"company-{number}", "tick_data")
+        tally.received = tally.delivered = 2
+    assert len([*books.recount()]) > companies // SLICE_COMPANIES - 1
+    assert (books.summary().totals.received, books.summary().unbalanced_companies) == (2 * companies, 0)
+    books.tally("company-0", "tick_data").received += 1
+    assert books.summary().totals.received == 2 * companies, "nothing is summed up for who asks"
+    for _ in books.recount():
+        pass
+    assert books.summary().totals.received == 2 * companies + 1
+    assert books.summary().unbalanced_companies == 1
+    for number in range(SLICE_COMPANIES):
+        books.close(f"company-{number + 1}")
+    books.tally("company-0", "tick_data").delivered += 1
+    for _ in books.recount():
+        pass
+    assert books.companies == FEW_COMPANIES
+    assert books.summary().totals.received == 2 * companies + 1, "the gone are in it, and so few are summed up at once"
+    assert books.summary().unbalanced_companies == 0
