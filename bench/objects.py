@@ -21,6 +21,7 @@ from bench.ingest import COMPANY
 from bench.load import open_all, user_of
 from gateway import config
 from gateway.app import Addresses, Gateway
+from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
 from gateway.devkeys import mint_with_secret
 from gateway.egress.embedded import EmbeddedKafka
 from gateway.telemetry.logging import Log
@@ -28,11 +29,12 @@ from gateway.telemetry.metrics import Counters
 
 OURS = ("bench/", "tracemalloc")
 SHOWN = 25
+TOPICS = (*DEFAULT_ROUTES.values(), DEFAULT_DEAD_LETTER_TOPIC)
 
 
 async def measure(connections: int) -> list[tuple[str, float, float]]:
     """(where, bytes a connection, blocks a connection), the largest first."""
-    with tempfile.TemporaryDirectory() as directory, EmbeddedKafka() as kafka:
+    with tempfile.TemporaryDirectory() as directory, EmbeddedKafka(TOPICS) as kafka:
         secret = secrets.token_urlsafe(48).encode()
         path = Path(directory) / "secret"
         path.write_bytes(secret)
