@@ -99,7 +99,7 @@ class Worker:
     """Its sidecar's address, once it has said it: from then on it handles signals."""
     ready: bool = False
     reload: bool = False
-    """A SIGHUP waits until it handles signals."""
+    """It has not said yet that it took the settings of the last SIGHUP."""
     starts: int = 0
     faults: list[str] = field(default_factory=list)
     """Why it does not start, in its own words."""
@@ -324,9 +324,9 @@ class Supervisor:
             worker.sidecar = line.removeprefix("sidecar on ")
             worker.heard_at = trio.current_time()
             if worker.reload and worker.process is not None:
-                worker.reload = False
                 worker.process.send_signal(signal.SIGHUP)
         elif line == "reloaded":
+            worker.reload = False
             self._settings, self._candidate = self._candidate or self._settings, None
         elif line == "ready":
             worker.ready = True
@@ -349,10 +349,9 @@ class Supervisor:
             return
         self._reload()
         for worker in self._workers:
+            worker.reload = True  # until it has done so: it may be ending, and its successor is told then
             if worker.process is not None and worker.sidecar:
                 worker.process.send_signal(signal.SIGHUP)
-            else:
-                worker.reload = True  # as soon as it listens
 
     def _begin_drain(self) -> None:
         """Let all workers drain; called again, each cuts its drain short."""
