@@ -175,7 +175,7 @@ class KafkaProducer:
         self.unwritable: frozenset[TopicPartition] = frozenset()
         """Partitions that take nothing while others do, once they had filled the queue."""
         self.on_unwritable: Callable[[frozenset[TopicPartition]], None] = lambda partitions: None
-        """Told of ``unwritable`` whenever it has changed, before anything is queued again."""
+        """Told of ``unwritable`` whenever it has changed."""
         self._full_since = math.inf
         self._seen_unwritable: frozenset[TopicPartition] = frozenset()
         self._said_unreachable = False
