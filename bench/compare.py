@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bench.baselines.server import BASELINES, Baseline, BaselineUnavailable
 from bench.ingest import COLD_BROKER, Cores, Server, gateway, kafka_cluster, run_once
-from bench.kafka import KafkaUnavailable
+from gateway.testing.kafka import KafkaUnavailable
 
 GATEWAY = "gateway"
 LOADS = {

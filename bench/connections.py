@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.daemon import Daemon
 from bench.ingest import COMPANY, Cores, Helper
 from bench.load import user_of
-from gateway import devkeys
+from gateway.testing import devkeys
+from gateway.testing.daemon import Daemon
 
 IDLE_S = 25.0
 

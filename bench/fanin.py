@@ -11,7 +11,7 @@ import json
 import sys
 
 from bench.ingest import COLD_BROKER, Cores, gateway, kafka_cluster, run_once, show
-from bench.kafka import KafkaUnavailable
+from gateway.testing.kafka import KafkaUnavailable
 
 SKEWS = ((None, 0.0), (100, 0.0), (10, 0.0), (1, 0.0), (None, 0.5), (None, 0.9))
 """Distinct users (None is one a connection), and the share of connections that belong to the first of them."""

@@ -14,10 +14,10 @@ import sys
 import time
 from typing import Any
 
-from bench.daemon import Daemon
 from bench.ingest import COMPANY, Cores, Helper, kafka_cluster
-from bench.kafka import KafkaUnavailable, cpu_seconds, rss_bytes
 from bench.load import user_of
+from gateway.testing.daemon import Daemon
+from gateway.testing.kafka import KafkaUnavailable, cpu_seconds, rss_bytes
 
 PER_PROCESS = 10_000
 """Connections of one client process: it answers no pings before all of them are there, and idle ones are closed."""

@@ -24,9 +24,9 @@ from confluent_kafka import Consumer, TopicPartition
 from rich.console import Console
 from rich.table import Table
 
-from bench.daemon import Daemon, Outcome
-from bench.kafka import ApacheKafka, KafkaUnavailable, create_topics
 from bench.load import user_of
+from gateway.testing.daemon import Daemon, Outcome
+from gateway.testing.kafka import ApacheKafka, KafkaUnavailable, create_topics
 
 TOPIC = "tick-data"
 COMPANY = "bench"

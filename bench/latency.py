@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.ingest import COLD_BROKER, Cores, gateway, kafka_cluster, run_once
-from bench.kafka import KafkaUnavailable
+from gateway.testing.kafka import KafkaUnavailable
 
 
 def show(runs: dict[int, list[dict[str, Any]]]) -> None:

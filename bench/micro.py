@@ -19,19 +19,19 @@ from google.protobuf.message import DecodeError
 
 from bench.load import envelope, frame
 from gateway.core.books import Books
-from gateway.core.control import JSON
-from gateway.core.principal import Principal, TokenRules, VerifyKey, mint
-from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes
-from gateway.egress.delivery import Delivery
-from gateway.egress.producer import KafkaProducer
-from gateway.ingress import request
-from gateway.ingress.connection import ConnectionLimits
-from gateway.ingress.frames import Decoder
-from gateway.ingress.readiness import Readiness
-from gateway.ingress.session import Session, SessionContext
+from gateway.core.credentials import Principal, TokenRules, VerifyKey, mint
+from gateway.core.notices import JSON
+from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes
+from gateway.kafka.producer import KafkaProducer
+from gateway.router.delivery import Delivery
+from gateway.router.session import Session, SessionContext
 from gateway.telemetry.logging import Log, RateLimited
 from gateway.telemetry.metrics import Counters
 from gateway.v1.envelope_pb2 import MessageEnvelope
+from gateway.ws import request
+from gateway.ws.connection import ConnectionLimits
+from gateway.ws.frames import Decoder
+from gateway.ws.readiness import Readiness
 
 LIMITS = ConnectionLimits(65_536, 20, 65_536, 8.0, 20.0, 40.0, 5.0)
 SECRET = b"s" * 48

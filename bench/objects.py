@@ -20,12 +20,12 @@ import trio
 from bench.ingest import COMPANY
 from bench.load import open_all, user_of
 from gateway import config
-from gateway.app import Addresses, Gateway
-from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
-from gateway.devkeys import mint_with_secret
-from gateway.egress.embedded import EmbeddedKafka
+from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
+from gateway.daemon.run import Addresses, Gateway
+from gateway.kafka.embedded import EmbeddedKafka
 from gateway.telemetry.logging import Log
 from gateway.telemetry.metrics import Counters
+from gateway.testing.devkeys import mint_with_secret
 
 OURS = ("bench/", "tracemalloc")
 SHOWN = 25

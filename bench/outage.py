@@ -21,11 +21,11 @@ from typing import Any
 
 import trio
 
-from bench.daemon import Daemon
 from bench.ingest import COLD_BROKER, COMPANY, TOPIC, Cores, Helper
-from bench.kafka import ApacheKafka, KafkaUnavailable, create_topics
 from bench.load import user_of
 from gateway.client import connect
+from gateway.testing.daemon import Daemon
+from gateway.testing.kafka import ApacheKafka, KafkaUnavailable, create_topics
 
 SAMPLE_S = 0.2
 PROBE_S = 0.05

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from gateway.core.books import Books
-from gateway.core.routing import DEFAULT_ROUTES
+from gateway.core.routes import DEFAULT_ROUTES
 from gateway.telemetry.metrics import Counters, Exposition, Gauges
 
 REPEAT = 20

@@ -13,9 +13,9 @@ import statistics
 import sys
 from typing import Any
 
-from bench.daemon import Daemon
 from bench.ingest import COMPANY, Cores, Helper
 from bench.load import at_share, user_of
+from gateway.testing.daemon import Daemon
 
 
 def rush(daemon: Daemon, options: argparse.Namespace, cores: Cores, at_once: int) -> tuple[dict[str, Any], Helper]:

@@ -20,7 +20,7 @@ def main() -> NoReturn:
     """Run the command line and exit (`gateway.cli.main`); the daemon's signals count from the first instant."""
     _fill_standard_streams()
     if "serve" in sys.argv[1:2]:
-        from gateway.signals import catch_signals
+        from gateway.daemon.signals import catch_signals
 
         catch_signals()
     try:

@@ -29,10 +29,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from gateway import client, devkeys
+from gateway import client
+from gateway.client.ticks import read, walk
 from gateway.config import AuthSettings
 from gateway.errors import ClientError, StartupError
-from gateway.ticks import read, walk
+from gateway.testing import devkeys
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.v1.ticks_pb2 import BatchTickData
 

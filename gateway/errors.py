@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gateway.refusals import Refusal
+    from gateway.core.catalogue import Refusal
 
 
 def leaf(error: BaseException) -> Any:

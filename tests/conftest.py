@@ -9,10 +9,10 @@ from contextlib import ExitStack
 import pytest
 from confluent_kafka import Producer
 
-from bench import kafka as apache
-from bench.daemon import Daemon
-from gateway.core.routing import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
-from gateway.egress.embedded import EmbeddedKafka
+from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
+from gateway.kafka.embedded import EmbeddedKafka
+from gateway.testing import kafka as apache
+from gateway.testing.daemon import Daemon
 
 
 def pytest_xdist_auto_num_workers() -> int | None:

@@ -11,18 +11,18 @@ import sys
 import trio
 
 from gateway.core.admission import AddressRate, Admission
+from gateway.core.credentials import Principal, TokenRules
 from gateway.core.origins import OriginRules
-from gateway.core.principal import Principal, TokenRules
-from gateway.ingress import frames
-from gateway.ingress.connection import Connection, ConnectionLimits
-from gateway.ingress.frames import Item
-from gateway.ingress.handshake import Admitted, Handshake, _check_upgrade, accept_key
-from gateway.ingress.listener import Listener
-from gateway.ingress.readiness import Readiness
-from gateway.ingress.request import Request
-from gateway.sockets import open_listening_sockets
 from gateway.telemetry.logging import RateLimited
 from gateway.telemetry.metrics import Counters
+from gateway.ws import frames
+from gateway.ws.connection import Connection, ConnectionLimits
+from gateway.ws.frames import Item
+from gateway.ws.listener import Listener
+from gateway.ws.readiness import Readiness
+from gateway.ws.request import Request
+from gateway.ws.sockets import open_listening_sockets
+from gateway.ws.upgrade import Admitted, Handshake, _check_upgrade, accept_key
 
 LIMITS = ConnectionLimits(
     max_message_bytes=20 * 1024 * 1024,

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import msgpack
 import pytest
 
-from bench.daemon import Daemon
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient
+from gateway.testing.records import Records
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from tests.conftest import Broker
-from tests.rawclient import RawClient
-from tests.records import Records
 
 
 def envelope(user: str, number: int, message_type: str = "tick_data") -> bytes:
@@ -105,7 +105,7 @@ def test_acks_in_messagepack_and_none_without_a_subprotocol(daemon: Daemon, prot
 def test_record_the_topic_refuses_is_rejected_by_its_number_and_acked_as_a_dead_letter(
     start_daemon: Callable[..., Daemon], apache_broker: Broker
 ) -> None:
-    from bench.kafka import create_topics
+    from gateway.testing.kafka import create_topics
 
     create_topics(apache_broker.bootstrap_servers, ["tiny"], partitions=1, config={"max.message.bytes": "500"})
     daemon = start_daemon(

@@ -8,10 +8,10 @@ import urllib.request
 
 import pytest
 
-from bench.daemon import Daemon
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient
+from gateway.testing.records import Records, headers_of
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from tests.rawclient import RawClient
-from tests.records import Records, headers_of
 
 
 def envelope(**fields: object) -> bytes:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.daemon import Daemon
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient, frame
+from gateway.testing.records import Records
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from tests.rawclient import RawClient, frame
-from tests.records import Records
 
 BINARY, TEXT, CONTINUATION, CLOSE, PING, PONG = 0x2, 0x1, 0x0, 0x8, 0x9, 0xA
 LIMIT = 65_536

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.daemon import Daemon
-from tests.rawclient import Closed, RawClient, frame
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import Closed, RawClient, frame
 
 KEY = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
 GOOD = ["Host: 127.0.0.1", "Upgrade: websocket", "Connection: Upgrade", KEY, "Sec-WebSocket-Version: 13"]

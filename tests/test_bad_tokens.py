@@ -13,8 +13,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from bench.daemon import Daemon
-from tests.rawclient import RawClient
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient
 from tests.tokens import b64, claims, data_claim, sign
 
 NOW = int(time.time())

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway import devkeys
-from gateway.ticks import COLUMNS
+from gateway.client.ticks import COLUMNS
+from gateway.testing import devkeys
 from tests.test_journey import ROWS
 
 

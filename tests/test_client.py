@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from bench.daemon import Daemon
 from gateway.client import Backoff, Connection, _delay_or_raise, open_client
 from gateway.errors import ConfigError, ConnectionLost, HandshakeRejected
+from gateway.testing.daemon import Daemon
 
 
 async def test_everything_is_acked_when_the_context_is_left(daemon: Daemon) -> None:

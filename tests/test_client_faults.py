@@ -33,13 +33,13 @@ import websockets.sync.client
 from prometheus_client.parser import text_string_to_metric_families
 from websockets.protocol import State
 
-from bench.daemon import Daemon
 from gateway.client import open_client
 from gateway.core.books import FEW_COMPANIES, SLICE_COMPANIES
 from gateway.errors import ClientError
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient, frame
+from gateway.testing.records import Records
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from tests.rawclient import RawClient, frame
-from tests.records import Records
 from tests.tokens import claims, data_claim, sign
 
 ROOT = Path(__file__).parent.parent

@@ -12,13 +12,13 @@ from functools import partial
 import pytest
 import trio
 
-from bench import kafka as apache
-from bench.daemon import Daemon
 from gateway.client import GatewayClient, open_client
+from gateway.testing import kafka as apache
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient
+from gateway.testing.records import Records
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from tests.conftest import Broker
-from tests.rawclient import RawClient
-from tests.records import Records
 
 
 async def send_numbers(client: GatewayClient, stop: trio.Event) -> int:

@@ -18,10 +18,10 @@ import trio_websocket
 import websocket
 import websockets.sync.client
 
-from bench.daemon import Daemon
-from gateway import devkeys
+from gateway.testing import devkeys
+from gateway.testing.daemon import Daemon
+from gateway.testing.records import Records
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from tests.records import Records
 
 COUNT = 20
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from bench.daemon import Daemon
-from gateway import client, devkeys
-from gateway.stream import Pace, stream
-from gateway.ticks import COLUMNS, read
+from gateway import client
+from gateway.client.stream import Pace, stream
+from gateway.client.ticks import COLUMNS, read
+from gateway.testing import devkeys
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient, frame
+from gateway.testing.records import Records
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.v1.ticks_pb2 import BatchTickData, Tick
 from tests.conftest import Broker
-from tests.rawclient import RawClient, frame
-from tests.records import Records
 
 # Real feeds hold equal times, identical rows, crossed quotes and zeros.
 ROWS = [
@@ -235,7 +236,7 @@ def test_drain_ends_in_time_when_clients_do_not_answer(start_daemon: Callable[..
 def test_what_kafka_did_not_confirm_by_the_end_of_a_drain_is_counted_and_said_where_there_is_no_spool(
     start_daemon: Callable[..., Daemon],
 ) -> None:
-    from bench.daemon import Daemon as Running
+    from gateway.testing.daemon import Daemon as Running
 
     with Running(settings={"log.level": "warning"}) as host:
         daemon = start_daemon(host.kafka, settings={"drain.flush_timeout_s": 1, "spool.directory": ""})

@@ -20,12 +20,12 @@ from confluent_kafka.admin._acl import AclBinding, AclBindingFilter, AclOperatio
 from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
 from confluent_kafka.cimpl import OFFSET_BEGINNING, NewTopic
 
-from bench import kafka as apache
-from bench.daemon import Daemon
 from gateway.client import GatewayClient, open_client
+from gateway.testing import kafka as apache
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient, frame
+from gateway.testing.records import headers_of
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from tests.rawclient import RawClient, frame
-from tests.records import headers_of
 
 pytestmark = pytest.mark.apache
 

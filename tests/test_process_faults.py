@@ -29,11 +29,11 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.daemon import Daemon
-from bench.kafka import free_ports
+from gateway.testing.daemon import Daemon
+from gateway.testing.kafka import free_ports
+from gateway.testing.rawclient import Closed, RawClient, frame
+from gateway.testing.records import Records
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from tests.rawclient import Closed, RawClient, frame
-from tests.records import Records
 
 PROJECT = Path(__file__).parent.parent
 TICK = MessageEnvelope(message_type="tick_data").SerializeToString()

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.daemon import Daemon
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient, frame
+from gateway.testing.records import Records
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from tests.rawclient import RawClient, frame
-from tests.records import Records
 
 IMPATIENT = {"drain.flush_timeout_s": 1, "drain.close_timeout_s": 1, "session.close_timeout_s": 1}
 

@@ -28,8 +28,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from bench.daemon import Daemon
-from tests.rawclient import RawClient
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import RawClient
 from tests.tokens import b64, claims, sign
 
 DEADLINE_S = 60.0

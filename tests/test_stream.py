@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from bench.daemon import Daemon
 from gateway.client import Backoff
+from gateway.client.stream import Pace, stream
+from gateway.client.ticks import COLUMNS, walk
 from gateway.errors import HandshakeRejected
-from gateway.stream import Pace, stream
-from gateway.ticks import COLUMNS, walk
+from gateway.testing.daemon import Daemon
+from gateway.testing.records import Records
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.v1.ticks_pb2 import BatchTickData, Tick
-from tests.records import Records
 from tests.test_journey import ROWS
 
 TICKS = [Tick(symbol="A", time_msc=1000 + offset) for offset in (0, 0, 5, 5, 5, 1000)]

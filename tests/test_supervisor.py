@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import trio
 
-from gateway import config, workers
+from gateway import config
+from gateway.daemon import workers
+from gateway.daemon.workers import Supervisor
 from gateway.telemetry.logging import Log
 from gateway.telemetry.metrics import Counters
-from gateway.workers import Supervisor
 
 STAND_IN = """
 import http.server, os, pathlib, signal, sys, threading, time

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.daemon import Daemon
-from gateway import systemd
+from gateway.daemon import systemd
+from gateway.testing.daemon import Daemon
 
 
 class Manager:

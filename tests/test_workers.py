@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.daemon import Daemon
-from gateway.sidecar.summing import Sum, parse
+from gateway.ops.aggregate import Sum, parse
+from gateway.testing.daemon import Daemon
+from gateway.testing.rawclient import Closed, RawClient
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from tests.rawclient import Closed, RawClient
 
 TICK = MessageEnvelope(message_type="tick_data").SerializeToString()
 

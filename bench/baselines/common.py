@@ -10,7 +10,7 @@ from typing import Any
 import jwt
 from confluent_kafka import Producer
 
-from gateway.core.routing import DEFAULT_ROUTES
+from gateway.core.routes import DEFAULT_ROUTES
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.v1.token_pb2 import UserToken
 

@@ -18,10 +18,10 @@ from typing import Self
 
 from pydantic import SecretStr
 
-from bench.daemon import Outcome
-from bench.kafka import cpu_seconds, free_ports, rss_bytes
 from gateway.config import AuthSettings
-from gateway.devkeys import mint_with_secret
+from gateway.testing.daemon import Outcome
+from gateway.testing.devkeys import mint_with_secret
+from gateway.testing.kafka import cpu_seconds, free_ports, rss_bytes
 
 HERE = Path(__file__).parent
 PROTOS = HERE.parent.parent / "protos"

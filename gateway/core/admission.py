@@ -9,11 +9,11 @@ import ipaddress
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
-from gateway import refusals
+from gateway.core import catalogue
 from gateway.errors import Refused
 
 if TYPE_CHECKING:
-    from gateway.refusals import Refusal
+    from gateway.core.catalogue import Refusal
 
 MAX_ADDRESSES: Final = 65_536
 """Addresses remembered, about 200 bytes each. When full, the one that was quiet longest is forgotten."""
@@ -60,7 +60,7 @@ class Admission:
         self._max = max_connections
         self._addresses = addresses
         self.connections = 0
-        self.closed: Refusal | None = refusals.STARTING
+        self.closed: Refusal | None = catalogue.STARTING
 
     def knock(self, address: str, now: float) -> None:
         """Raise Refused unless ``address`` (as `network` gives it) may try now, before anything is read or encrypted.
@@ -70,19 +70,19 @@ class Admission:
         if self.closed is None:
             wait_s = self._addresses.spend(address, now)
             if wait_s:
-                raise Refused(refusals.TOO_MANY_ATTEMPTS, retry_after_s=max(1, round(wait_s + 0.5)))
+                raise Refused(catalogue.TOO_MANY_ATTEMPTS, retry_after_s=max(1, round(wait_s + 0.5)))
 
     def check(self) -> None:
         """Raise Refused unless somebody may come in now; asked before the token is looked at."""
         if self.closed is not None:
             raise Refused(self.closed)
         if self.connections >= self._max:
-            raise Refused(refusals.AT_CAPACITY)
+            raise Refused(catalogue.AT_CAPACITY)
 
     def enter(self) -> None:
         """Take a place; raises Refused when the last one went since `check`."""
         if self.connections >= self._max:
-            raise Refused(refusals.AT_CAPACITY)
+            raise Refused(catalogue.AT_CAPACITY)
         self.connections += 1
 
     def leave(self) -> None:

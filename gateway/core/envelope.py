@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from gateway import refusals
+from gateway.core import catalogue
 from gateway.errors import NotAnEnvelope
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
 if TYPE_CHECKING:
-    from gateway.core.principal import Principal
+    from gateway.core.credentials import Principal
 
 _USER_ID = 2
 _COMPANY_ID = 3
@@ -111,9 +111,9 @@ def _field(number: int, value: str) -> bytes:
 def foreign(envelope: MessageEnvelope, principal: Principal) -> str | None:
     """The reason to refuse an envelope that names somebody else, None when it may pass; empty fields may."""
     if envelope.user_id not in ("", principal.user_id):
-        return refusals.REASON_FOREIGN_USER
+        return catalogue.REASON_FOREIGN_USER
     if envelope.company_id not in ("", principal.company_id):
-        return refusals.REASON_FOREIGN_COMPANY
+        return catalogue.REASON_FOREIGN_COMPANY
     return None
 
 

@@ -1,6 +1,6 @@
 """What the ingress side needs of the Kafka side, and the other way round.
 
-`ingress` and `egress` never import each other: `gateway.app` joins them through these.
+`ingress` and `egress` never import each other: `gateway.daemon.run` joins them through these.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gateway.core.books import Tally
-    from gateway.core.principal import Principal
+    from gateway.core.credentials import Principal
 
 
 class QueueFull(Exception):  # a condition the caller waits out, not an error

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.platform_collector import PlatformCollector
 
-from gateway import refusals
+from gateway.core import catalogue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -59,7 +59,7 @@ HANDSHAKE_OUTCOMES: Final = (
     "tls_failed",
     "overflow",
     "error",
-    *(refusal.code for refusal in refusals.REFUSALS),
+    *(refusal.code for refusal in catalogue.REFUSALS),
 )
 CLOSE_OUTCOMES: Final = (
     "peer_closed",
@@ -69,15 +69,15 @@ CLOSE_OUTCOMES: Final = (
     *(
         close.name
         for close in (
-            refusals.CLOSE_PROTOCOL_ERROR,
-            refusals.CLOSE_TEXT,
-            refusals.CLOSE_BAD_UTF8,
-            refusals.CLOSE_CONTROL_FLOOD,
-            refusals.CLOSE_TOO_BIG,
-            refusals.CLOSE_INTERNAL,
-            refusals.CLOSE_RESTART,
-            refusals.CLOSE_TOKEN_EXPIRED,
-            refusals.CLOSE_IDLE,
+            catalogue.CLOSE_PROTOCOL_ERROR,
+            catalogue.CLOSE_TEXT,
+            catalogue.CLOSE_BAD_UTF8,
+            catalogue.CLOSE_CONTROL_FLOOD,
+            catalogue.CLOSE_TOO_BIG,
+            catalogue.CLOSE_INTERNAL,
+            catalogue.CLOSE_RESTART,
+            catalogue.CLOSE_TOKEN_EXPIRED,
+            catalogue.CLOSE_IDLE,
         )
     ),
 )
@@ -114,10 +114,12 @@ class Counters:
 
     handshakes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(HANDSHAKE_OUTCOMES, 0))
     closes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLOSE_OUTCOMES, 0))
-    dead_letters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.DEAD_LETTER_REASONS, 0))
-    dead_letter_attempts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.DEAD_LETTER_REASONS, 0))
-    spooled: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.GIVEN_UP_REASONS, 0))
-    drops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(refusals.GIVEN_UP_REASONS, 0))
+    dead_letters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(catalogue.DEAD_LETTER_REASONS, 0))
+    dead_letter_attempts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(catalogue.DEAD_LETTER_REASONS, 0)
+    )
+    spooled: dict[str, int] = field(default_factory=lambda: dict.fromkeys(catalogue.GIVEN_UP_REASONS, 0))
+    drops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(catalogue.GIVEN_UP_REASONS, 0))
     pauses: int = 0
     renewals: int = 0
     replayed: int = 0

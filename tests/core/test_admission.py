@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway import refusals
+from gateway.core import catalogue
 from gateway.core.admission import MAX_ADDRESSES, AddressRate, Admission, network
 from gateway.errors import Refused
 
@@ -36,13 +36,13 @@ def test_doors_closed_cap_and_places() -> None:
     admission = Admission(1, AddressRate(0, 1))
     with pytest.raises(Refused) as refused:
         admission.check()
-    assert refused.value.refusal is refusals.STARTING
+    assert refused.value.refusal is catalogue.STARTING
     admission.closed = None
     admission.check()
     admission.enter()
     with pytest.raises(Refused) as refused:
         admission.check()
-    assert refused.value.refusal is refusals.AT_CAPACITY
+    assert refused.value.refusal is catalogue.AT_CAPACITY
     with pytest.raises(Refused):
         admission.enter()
     admission.leave()

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import refusals
+from gateway.core import catalogue
+from gateway.core.credentials import Principal
 from gateway.core.envelope import foreign, head, identity_stamp, parse, repeats, tracing_stamp
-from gateway.core.principal import Principal
 from gateway.errors import NotAnEnvelope
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
@@ -59,9 +59,9 @@ def test_any_bytes_parse_or_are_no_envelope(raw: bytes) -> None:
     [
         ("alice", "acme", None),
         ("", "", None),
-        ("bob", "acme", refusals.REASON_FOREIGN_USER),
-        ("alice", "rival", refusals.REASON_FOREIGN_COMPANY),
-        ("bob", "rival", refusals.REASON_FOREIGN_USER),
+        ("bob", "acme", catalogue.REASON_FOREIGN_USER),
+        ("alice", "rival", catalogue.REASON_FOREIGN_COMPANY),
+        ("bob", "rival", catalogue.REASON_FOREIGN_USER),
     ],
 )
 def test_only_the_principals_identity_or_none_passes(user_id: str, company_id: str, reason: str | None) -> None:

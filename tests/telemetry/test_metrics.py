@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway import refusals
+from gateway.core import catalogue
 from gateway.core.books import Books
 from gateway.telemetry.metrics import (
     CLOSE_OUTCOMES,
@@ -48,7 +48,7 @@ def test_page_holds_the_books_by_outcome_and_type_and_is_cached() -> None:
 def test_every_refusal_and_close_has_its_series_from_the_start() -> None:
     counters = Counters()
     assert set(counters.handshakes) == set(HANDSHAKE_OUTCOMES)
-    assert {refusal.code for refusal in refusals.REFUSALS} <= set(counters.handshakes)
-    closes = {value.name for value in vars(refusals).values() if isinstance(value, refusals.Close)}
+    assert {refusal.code for refusal in catalogue.REFUSALS} <= set(counters.handshakes)
+    closes = {value.name for value in vars(catalogue).values() if isinstance(value, catalogue.Close)}
     assert closes <= set(CLOSE_OUTCOMES)
-    assert len({refusal.code for refusal in refusals.REFUSALS}) == len(refusals.REFUSALS)
+    assert len({refusal.code for refusal in catalogue.REFUSALS}) == len(catalogue.REFUSALS)

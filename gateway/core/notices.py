@@ -1,0 +1,71 @@
+"""Control messages, server to client: their fields and their two encodings."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+import msgpack
+
+if TYPE_CHECKING:
+    from gateway.core.credentials import Principal
+
+BEARER: Final = "bearer"
+JSON: Final = "gateway.v1.json"
+MSGPACK: Final = "gateway.v1.msgpack"
+CONTROL_SUBPROTOCOLS: Final = (JSON, MSGPACK)
+
+
+def encode(message: dict[str, Any], subprotocol: str) -> str | bytes:
+    """Encode for ``subprotocol``: str travels as a text frame (JSON), bytes as a binary one (MessagePack)."""
+    if subprotocol == JSON:
+        return json.dumps(message, separators=(",", ":"))
+    packed: bytes = msgpack.packb(message)
+    return packed
+
+
+def welcome(
+    *,
+    connection_id: str,
+    principal: Principal,
+    max_message_bytes: int,
+    ping_interval_s: float,
+    ack_interval_ms: int,
+) -> dict[str, Any]:
+    """The first message of a connection. A rate of 0 means that none is enforced."""
+    return {
+        "type": "welcome",
+        "connection": connection_id,
+        "user_id": principal.user_id,
+        "company_id": principal.company_id,
+        "tier": principal.tier,
+        "token_expires_at": int(principal.expires_at),
+        "limits": {"messages_per_second": 0, "burst": 0, "max_message_bytes": max_message_bytes},
+        "ping_interval_s": ping_interval_s,
+        "ack_interval_ms": ack_interval_ms,
+    }
+
+
+def ack(count: int) -> dict[str, Any]:
+    """The first ``count`` messages of the connection are settled."""
+    return {"type": "ack", "count": count}
+
+
+def rejected(count: int, reason: str, last: int) -> dict[str, Any]:
+    """``count`` messages were refused for ``reason``; ``last`` is the index, from 1, of the last of them."""
+    return {"type": "rejected", "count": count, "reason": reason, "last": last}
+
+
+def degraded() -> dict[str, Any]:
+    """Kafka takes nothing at the moment, so nothing is read from clients."""
+    return {"type": "degraded", "reason": "kafka_unavailable"}
+
+
+def recovered() -> dict[str, Any]:
+    """Reading goes on."""
+    return {"type": "recovered", "reason": "kafka_unavailable"}
+
+
+def closing(code: int, reason: str, reconnect_after_ms: int) -> dict[str, Any]:
+    """The connection is about to be closed with ``code``."""
+    return {"type": "closing", "code": code, "reason": reason, "reconnect_after_ms": reconnect_after_ms}

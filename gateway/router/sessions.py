@@ -1,0 +1,144 @@
+"""The sessions that are there: who enters, who leaves, and what is done to all of them."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from gateway.core import catalogue
+from gateway.router.session import Session
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from gateway.core.admission import Admission
+    from gateway.core.books import Books
+    from gateway.router.session import SessionContext
+    from gateway.telemetry.metrics import Counters
+    from gateway.ws.upgrade import Admitted
+
+MIN_SLICE: Final = 100
+"""Sessions closed at once in any case: their clients' handshakes take the next process a tenth of a second."""
+NOTICE_S: Final = 0.3
+"""How long a closing notice has to reach its client, and what the client sent before it to reach the gateway."""
+SETTLE_S: Final = 2.0
+"""How long a drain waits for Kafka's answers before it closes: what is answered by then is acked and not sent again."""
+SETTLE_POLL_S: Final = 0.02
+
+
+class Sessions:
+    """The set of open sessions. A session is in it from `enter` to `leave`, and holds its place meanwhile."""
+
+    def __init__(self, context: SessionContext, admission: Admission, books: Books, counters: Counters) -> None:
+        self._context = context
+        self._admission = admission
+        self._books = books
+        self._counters = counters
+        self._sessions: set[Session] = set()
+        self._empty: trio.Event | None = None
+        # Unique over restarts and over processes on one port, and short: it is in every dead letter.
+        self._prefix = secrets.token_hex(4)
+        self._numbers = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(tuple(self._sessions))
+
+    def enter(self, sock: socket.socket, admitted: Admitted) -> Session:
+        """Make the session of an accepted handshake; raises Refused when the last place is gone."""
+        self._admission.enter()
+        self._books.open(admitted.principal.company_id)
+        session = Session(
+            sock,
+            self._context,
+            connection_id=f"{self._prefix}-{next(self._numbers)}",
+            principal=admitted.principal,
+            path=admitted.path,
+            subprotocol=admitted.subprotocol,
+        )
+        self._sessions.add(session)
+        return session
+
+    def leave(self, session: Session) -> None:
+        """Give back what `enter` took and count how it ended."""
+        self._sessions.discard(session)
+        self._admission.leave()
+        self._books.close(session.principal.company_id)
+        self._counters.closes[session.outcome] += 1
+        session.forget_routes()  # its lanes know it: both would wait for the garbage collector
+        if self._empty is not None and not self._sessions:
+            self._empty.set()
+
+    def forget_routes(self) -> None:
+        """Let every session look its routes up anew."""
+        for session in self._sessions:
+            session.forget_routes()
+
+    def tell_degraded(self, *, unconfirmed_only: bool) -> None:
+        """Tell every session that Kafka takes nothing, those too that came since the last time.
+
+        ``unconfirmed_only`` leaves out those that Kafka owes no answer: they may be going to partitions that are well.
+        """
+        for session in self:
+            if not unconfirmed_only or session.unsettled:
+                session.tell_degraded(True)
+
+    def tell_recovered(self) -> None:
+        """Tell every session that was told otherwise."""
+        for session in self:
+            session.tell_degraded(False)
+
+    def slices(self, count: int) -> list[list[Session]]:
+        """All sessions in ``count`` slices at most, of at least `MIN_SLICE` each."""
+        sessions = list(self._sessions)
+        size = max(MIN_SLICE, -(-len(sessions) // count))
+        return [sessions[at : at + size] for at in range(0, len(sessions), size)]
+
+    async def close_all(self) -> None:
+        """Close every session with 1012 and wait until all have left.
+
+        What clients sent before they answer the close is still taken. Bounded by each connection's close
+        timeouts and by the caller's deadline.
+        """
+        close(self)
+        if self._sessions:
+            self._empty = trio.Event()
+            await self._empty.wait()
+
+
+async def see_off(sessions: Sequence[Session]) -> None:
+    """Announce the restart to some sessions, let what they sent settle, close them with 1012.
+
+    A client that understands notices sends nothing more after it, so that it is told of everything it sent before the
+    close. Takes up to `SETTLE_S` where somebody understands, else no time.
+    """
+    understood = [session for session in sessions if _announce(session)]
+    if understood:
+        with trio.move_on_after(SETTLE_S):
+            await trio.sleep(NOTICE_S)
+            while any(session.unsettled for session in understood):  # noqa: ASYNC110  # their acks are no events
+                await trio.sleep(SETTLE_POLL_S)
+    close(sessions)
+
+
+def _announce(session: Session) -> bool:
+    try:
+        return session.announce_restart()
+    except Exception as error:  # the barrier around each connection
+        session.crash(error)
+        return False
+
+
+def close(sessions: Iterable[Session]) -> None:
+    """Close sessions for a restart; what was under way is still taken."""
+    for session in sessions:
+        try:
+            session.close(catalogue.CLOSE_RESTART, take_rest=True)
+        except Exception as error:  # the barrier around each connection
+            session.crash(error)
