@@ -19,8 +19,9 @@ from google.protobuf.message import DecodeError
 
 from bench.load import envelope, frame
 from gateway.core.books import Books
-from gateway.core.credentials import Principal, TokenRules, VerifyKey, mint
+from gateway.core.credentials import TokenRules, VerifyKey, mint
 from gateway.core.notices import JSON
+from gateway.core.principal import Principal
 from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes
 from gateway.kafka.producer import KafkaProducer
 from gateway.router.delivery import Delivery

@@ -7,12 +7,19 @@
     ├── StartupError                a resource that cannot be had: port, certificate, key, broker setting
     ├── NoThread                    no thread can be had at the moment
     ├── SpoolError                  the spool's directory cannot be used, or takes nothing more
-    ├── Refused                     a handshake that ends with an HTTP answer; carries a refusals.Refusal
+    ├── Refused                     a handshake that ends with an HTTP answer; carries a catalogue.Refusal
+    ├── InvalidToken                a token that does not authenticate
+    ├── Disconnected                the peer went away before its request was whole
+    ├── TlsFailed                   a TLS handshake that came to nothing
     ├── NotAnEnvelope               bytes that are not a MessageEnvelope
+    ├── BadTicks                    a tick file that cannot be read
     └── ClientError                 the client side (gateway.client)
         ├── BadControlMessage       the server sent something that the contract does not know
         ├── HandshakeRejected       the server answered the upgrade with something other than 101
         └── ConnectionLost          the connection ended while it was needed
+
+What a module raises for itself alone (a name with an underscore), and what `gateway.testing` raises, belongs to the
+tree too and stands where it is raised.
 
 Third-party exceptions are translated into these once, at the boundary where they arise. Messages say
 what was wrong, where, and what to do; the command line prints them as one line.
@@ -72,8 +79,36 @@ class Refused(GatewayError):
         super().__init__(f"{refusal.status} {refusal.code}" + (f": {detail}" if detail else ""))
 
 
+class InvalidToken(GatewayError):
+    """A token that does not authenticate. ``reason`` is a fixed word for logs; it never quotes the token."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class Disconnected(GatewayError):
+    """The peer went away before its request was whole: an ordinary end."""
+
+
+class TlsFailed(GatewayError):
+    """A TLS handshake that came to nothing: ``reason`` is OpenSSL's, or the system's.
+
+    ``said`` is false when the peer went away before it had said anything, as health checks of balancers do.
+    """
+
+    def __init__(self, reason: str, *, said: bool) -> None:
+        self.reason = reason
+        self.said = said
+        super().__init__(reason)
+
+
 class NotAnEnvelope(GatewayError):
     """A binary message whose bytes do not parse as a MessageEnvelope."""
+
+
+class BadTicks(GatewayError):
+    """A tick file that cannot be read; the message names the file, the line and the column."""
 
 
 class ClientError(GatewayError):

@@ -11,8 +11,9 @@ import sys
 import trio
 
 from gateway.core.admission import AddressRate, Admission
-from gateway.core.credentials import Principal, TokenRules
+from gateway.core.credentials import TokenRules
 from gateway.core.origins import OriginRules
+from gateway.core.principal import Principal
 from gateway.telemetry.logging import RateLimited
 from gateway.telemetry.metrics import Counters
 from gateway.ws import frames

@@ -26,6 +26,8 @@ import trio_websocket
 from trio_util import AsyncValue
 from wsproto.utilities import LocalProtocolError
 
+from gateway.core import catalogue
+from gateway.core.catalogue import Advice
 from gateway.core.notices import JSON
 from gateway.errors import BadControlMessage, ClientError, ConfigError, ConnectionLost, HandshakeRejected, leaf
 from gateway.v1.envelope_pb2 import MessageEnvelope
@@ -40,9 +42,6 @@ FIRST_DELAY_S: Final = 0.5
 MAX_DELAY_S: Final = 30.0
 MAX_UNACKED: Final = 10_000
 """Messages kept by default, sent or not, before `GatewayClient.send` waits."""
-
-_FINAL_STATUSES: Final = frozenset({400, 401, 403, 404, 405, 414, 426, 431, 505})
-_FINAL_CLOSE_CODES: Final = frozenset({1002, 1003, 1007, 1009, 1015, 4403})
 
 
 def tls_context(url: str, ca_file: Path | None) -> ssl.SSLContext | None:
@@ -449,10 +448,10 @@ class GatewayClient:
 def _delay_or_raise(error: Exception, connection: Connection | None, backoff: Backoff) -> float:
     """How long to wait before the next attempt; raises what another attempt would meet again."""
     if isinstance(error, HandshakeRejected):
-        if error.status in _FINAL_STATUSES:
+        if catalogue.refusal_advice(error.status, error.code) is not Advice.LATER:
             raise error
         return backoff.next_s(error.retry_after_s or 0.0)
-    if isinstance(error, ConnectionLost) and error.code in _FINAL_CLOSE_CODES:
+    if isinstance(error, ConnectionLost) and not catalogue.close_advice(error.code).reconnects:
         raise error
     if connection is not None and connection.closing:
         return backoff.next_s(float(connection.closing["reconnect_after_ms"]) / 1000)

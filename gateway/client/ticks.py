@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from gateway.errors import GatewayError
+from gateway.errors import BadTicks
 from gateway.v1.ticks_pb2 import BatchTickData, Tick
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ _SYMBOLS: Final = (
     ("USDJPY", 150.0, 3, 0.004),
     ("BTCUSD", 60_000.0, 1, 8.0),
 )
-
-
-class BadTicks(GatewayError):
-    """A tick file that cannot be read; the message names the file, the line and the column."""
 
 
 def read(path: Path) -> Generator[Tick]:

@@ -1,13 +1,38 @@
-"""Every refusal the gateway gives, as data: one catalogue for HTTP answers, close codes and dead letters.
+"""Everything the gateway says no with, as data: HTTP refusals, close codes, reasons of dead letters and of giving up.
 
-To change what a client is told, or whether it may try again, change it here; metrics and logs take
-their labels from the same entries, so the set of label values is fixed.
+An entry registers itself when it is made, so there is no list beside the entries. The labels of metrics, the HTTP
+phrases, what a client does when it is told so (`Advice`) and the tables in README.md are all read out of it. To change
+what a client is told, or whether it tries again, change the entry.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from enum import Enum
+from http import HTTPStatus
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+T = TypeVar("T")
+
+
+class Advice(Enum):
+    """What a client does that was told so; the value is the word in README's tables."""
+
+    NEVER = "no"
+    """It would be told the same again."""
+    AFTER_FIX = "after a fix"
+    """Once the client, or its configuration, has been changed."""
+    NEW_TOKEN = "with a new token"  # noqa: S105  # a word for people
+    LATER = "later"
+    """The same attempt may succeed: after ``Retry-After``, after ``reconnect_after_ms``, with growing delays."""
+
+    @property
+    def reconnects(self) -> bool:
+        """Whether a client whose connection ended so comes back, with a new token if need be."""
+        return self in (Advice.NEW_TOKEN, Advice.LATER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,106 +44,247 @@ class Refusal:
     """
 
     code: str
-    status: int
+    status: HTTPStatus
     message: str
-    retryable: bool = False
+    advice: Advice
     headers: tuple[tuple[str, str], ...] = ()
     retry_after_s: int | None = None
+
+    registered: ClassVar[dict[str, Refusal]] = {}
+    """Every refusal by its code."""
+
+    def __post_init__(self) -> None:
+        _register(Refusal.registered, self.code, self)
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """A close frame the server sends (RFC 6455 7.4); ``name`` is the metric label, ``reason`` goes on the wire."""
+    """A close frame (RFC 6455 7.4); ``name`` is the metric label, ``reason`` goes on the wire.
+
+    ``sent`` is false for codes that this version never sends and its client understands.
+    """
 
     name: str
     code: int
     reason: str
-    retryable: bool
+    advice: Advice
+    sent: bool = True
+
+    registered: ClassVar[dict[str, Close]] = {}
+    """Every close by its name."""
+
+    def __post_init__(self) -> None:
+        _register(Close.registered, self.name, self)
+
+
+class Reason(str):
+    """Why a message did not go where its client wanted it: the word that headers, notices, logs and metric labels show.
+
+    With ``gives_up`` the message goes to the spool, or is dropped where there is none; else it becomes a dead letter.
+    """
+
+    __slots__ = ("gives_up", "text")
+    text: str
+    gives_up: bool
+
+    registered: ClassVar[dict[str, Reason]] = {}
+    """Every reason by its word."""
+
+    def __new__(cls, word: str, text: str, *, gives_up: bool = False) -> Reason:  # registered as such
+        """Make an entry and register it."""
+        reason = super().__new__(cls, word)
+        reason.text = text
+        reason.gives_up = gives_up
+        _register(Reason.registered, word, reason)
+        return reason
+
+    @staticmethod
+    def of(word: str) -> Reason:
+        """The reason with this word; `REASON_OTHER` for one that this version does not know."""
+        return Reason.registered.get(word, REASON_OTHER)
+
+
+def _register(entries: dict[str, T], name: str, entry: T) -> None:
+    if name in entries:
+        raise ValueError(f"{name} is in the catalogue already")
+    entries[name] = entry
 
 
 _UPGRADE = (("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
 _INVALID_TOKEN = (("WWW-Authenticate", 'Bearer error="invalid_token"'),)
 
-BAD_REQUEST: Final = Refusal("bad_request", 400, "The request is malformed.")
-BAD_KEY: Final = Refusal("bad_websocket_key", 400, "Sec-WebSocket-Key must be one base64 value of 16 bytes.")
-BAD_HOST: Final = Refusal("bad_host", 400, "Exactly one valid Host header is required.")
-BAD_ACCOUNT: Final = Refusal(
-    "bad_account", 400, "account must be 1 to 64 of letters, digits, dot, underscore and hyphen, given once."
+BAD_REQUEST: Final = Refusal("bad_request", HTTPStatus.BAD_REQUEST, "The request is malformed.", Advice.AFTER_FIX)
+BAD_KEY: Final = Refusal(
+    "bad_websocket_key",
+    HTTPStatus.BAD_REQUEST,
+    "Sec-WebSocket-Key must be one base64 value of 16 bytes.",
+    Advice.AFTER_FIX,
 )
-BODY_NOT_ALLOWED: Final = Refusal("body_not_allowed", 400, "A WebSocket handshake carries no body.")
-INVALID_TOKEN: Final = Refusal("invalid_token", 401, "A valid bearer token is required.", headers=_INVALID_TOKEN)
-ORIGIN_NOT_ALLOWED: Final = Refusal("origin_not_allowed", 403, "This Origin is not allowed.")
-NOT_FOUND: Final = Refusal("not_found", 404, "There is nothing at this path.")
+BAD_HOST: Final = Refusal(
+    "bad_host", HTTPStatus.BAD_REQUEST, "Exactly one valid Host header is required.", Advice.AFTER_FIX
+)
+BAD_ACCOUNT: Final = Refusal(
+    "bad_account",
+    HTTPStatus.BAD_REQUEST,
+    "account must be 1 to 64 of letters, digits, dot, underscore and hyphen, given once.",
+    Advice.AFTER_FIX,
+)
+BODY_NOT_ALLOWED: Final = Refusal(
+    "body_not_allowed", HTTPStatus.BAD_REQUEST, "A WebSocket handshake carries no body.", Advice.AFTER_FIX
+)
+INVALID_TOKEN: Final = Refusal(
+    "invalid_token",
+    HTTPStatus.UNAUTHORIZED,
+    "A valid bearer token is required.",
+    Advice.NEW_TOKEN,
+    headers=_INVALID_TOKEN,
+)
+ORIGIN_NOT_ALLOWED: Final = Refusal(
+    "origin_not_allowed", HTTPStatus.FORBIDDEN, "This Origin is not allowed.", Advice.AFTER_FIX
+)
+NOT_FOUND: Final = Refusal("not_found", HTTPStatus.NOT_FOUND, "There is nothing at this path.", Advice.AFTER_FIX)
 METHOD_NOT_ALLOWED: Final = Refusal(
-    "method_not_allowed", 405, "A WebSocket handshake is a GET.", headers=(("Allow", "GET"),)
+    "method_not_allowed",
+    HTTPStatus.METHOD_NOT_ALLOWED,
+    "A WebSocket handshake is a GET.",
+    Advice.AFTER_FIX,
+    headers=(("Allow", "GET"),),
 )
 HANDSHAKE_TIMEOUT: Final = Refusal(
-    "handshake_timeout", 408, "The request did not arrive whole in time.", retryable=True
+    "handshake_timeout", HTTPStatus.REQUEST_TIMEOUT, "The request did not arrive whole in time.", Advice.LATER
 )
-TARGET_TOO_LONG: Final = Refusal("target_too_long", 414, "The request target is longer than 8 KiB.")
+TARGET_TOO_LONG: Final = Refusal(
+    "target_too_long",
+    HTTPStatus.REQUEST_URI_TOO_LONG,
+    "The request target is longer than 8 KiB.",
+    Advice.AFTER_FIX,
+)
 UPGRADE_REQUIRED: Final = Refusal(
-    "upgrade_required", 426, "Only WebSocket (RFC 6455, version 13) is served here.", headers=_UPGRADE
+    "upgrade_required",
+    HTTPStatus.UPGRADE_REQUIRED,
+    "Only WebSocket (RFC 6455, version 13) is served here.",
+    Advice.AFTER_FIX,
+    headers=_UPGRADE,
 )
 TOO_MANY_ATTEMPTS: Final = Refusal(
-    "too_many_attempts", 429, "Too many handshakes from this address.", retryable=True, retry_after_s=1
+    "too_many_attempts",
+    HTTPStatus.TOO_MANY_REQUESTS,
+    "Too many handshakes from this address.",
+    Advice.LATER,
+    retry_after_s=1,
 )
-HEAD_TOO_LARGE: Final = Refusal("head_too_large", 431, "The request head is too large.")
-STARTING: Final = Refusal("starting", 503, "The gateway has not reached Kafka yet.", retryable=True, retry_after_s=2)
-DRAINING: Final = Refusal("draining", 503, "The gateway is shutting down.", retryable=True, retry_after_s=5)
-AT_CAPACITY: Final = Refusal("at_capacity", 503, "The connection cap is reached.", retryable=True, retry_after_s=5)
-VERSION_NOT_SUPPORTED: Final = Refusal("http_version_not_supported", 505, "Only HTTP/1.1 is served here.")
-
-REFUSALS: Final = (
-    BAD_REQUEST,
-    BAD_KEY,
-    BAD_HOST,
-    BAD_ACCOUNT,
-    BODY_NOT_ALLOWED,
-    INVALID_TOKEN,
-    ORIGIN_NOT_ALLOWED,
-    NOT_FOUND,
-    METHOD_NOT_ALLOWED,
-    HANDSHAKE_TIMEOUT,
-    TARGET_TOO_LONG,
-    UPGRADE_REQUIRED,
-    TOO_MANY_ATTEMPTS,
-    HEAD_TOO_LARGE,
-    STARTING,
-    DRAINING,
-    AT_CAPACITY,
-    VERSION_NOT_SUPPORTED,
+HEAD_TOO_LARGE: Final = Refusal(
+    "head_too_large",
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    "The request head is too large.",
+    Advice.AFTER_FIX,
 )
-
-CLOSE_PROTOCOL_ERROR: Final = Close("protocol_error", 1002, "protocol error", retryable=False)
-CLOSE_TEXT: Final = Close("text_frame", 1003, "binary messages only", retryable=False)
-CLOSE_BAD_UTF8: Final = Close("bad_utf8", 1007, "invalid UTF-8", retryable=False)
-CLOSE_CONTROL_FLOOD: Final = Close("control_flood", 1008, "too many control frames", retryable=True)
-CLOSE_TOO_BIG: Final = Close("too_big", 1009, "message too big", retryable=False)
-CLOSE_INTERNAL: Final = Close("internal_error", 1011, "internal error", retryable=True)
-CLOSE_RESTART: Final = Close("restart", 1012, "service restart", retryable=True)
-CLOSE_TOKEN_EXPIRED: Final = Close("token_expired", 4401, "token expired", retryable=True)
-CLOSE_IDLE: Final = Close("idle", 4408, "no pong or data for too long", retryable=True)
-
-REASON_NOT_AN_ENVELOPE: Final = "not_an_envelope"
-REASON_UNKNOWN_TYPE: Final = "unknown_message_type"
-REASON_FOREIGN_USER: Final = "user_id_mismatch"
-REASON_FOREIGN_COMPANY: Final = "company_id_mismatch"
-REASON_KAFKA_REFUSED: Final = "kafka_refused"
-REASON_OTHER: Final = "other"
-"""A dead letter out of the spool whose reason this version does not know."""
-
-DEAD_LETTER_REASONS: Final = (
-    REASON_NOT_AN_ENVELOPE,
-    REASON_UNKNOWN_TYPE,
-    REASON_FOREIGN_USER,
-    REASON_FOREIGN_COMPANY,
-    REASON_KAFKA_REFUSED,
-    REASON_OTHER,
+STARTING: Final = Refusal(
+    "starting",
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "The gateway has not reached Kafka yet.",
+    Advice.LATER,
+    retry_after_s=2,
+)
+DRAINING: Final = Refusal(
+    "draining", HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is shutting down.", Advice.LATER, retry_after_s=5
+)
+AT_CAPACITY: Final = Refusal(
+    "at_capacity", HTTPStatus.SERVICE_UNAVAILABLE, "The connection cap is reached.", Advice.LATER, retry_after_s=5
+)
+VERSION_NOT_SUPPORTED: Final = Refusal(
+    "http_version_not_supported",
+    HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
+    "Only HTTP/1.1 is served here.",
+    Advice.AFTER_FIX,
 )
 
-GIVEN_UP_DEAD_LETTER_REFUSED: Final = "dead_letter_refused"
-"""Kafka refused the record and its dead letter."""
-GIVEN_UP_DRAIN_TIMEOUT: Final = "drain_timeout"
-"""Still unconfirmed when the drain ran out of time."""
-GIVEN_UP_REASONS: Final = (GIVEN_UP_DEAD_LETTER_REFUSED, GIVEN_UP_DRAIN_TIMEOUT)
-"""Why a message is spooled, or dropped where there is no spool."""
+CLOSE_PROTOCOL_ERROR: Final = Close("protocol_error", 1002, "protocol error", Advice.AFTER_FIX)
+CLOSE_TEXT: Final = Close("text_frame", 1003, "binary messages only", Advice.AFTER_FIX)
+CLOSE_BAD_UTF8: Final = Close("bad_utf8", 1007, "invalid UTF-8", Advice.AFTER_FIX)
+CLOSE_CONTROL_FLOOD: Final = Close("control_flood", 1008, "too many control frames", Advice.LATER)
+CLOSE_TOO_BIG: Final = Close("too_big", 1009, "message too big", Advice.AFTER_FIX)
+CLOSE_INTERNAL: Final = Close("internal_error", 1011, "internal error", Advice.LATER)
+CLOSE_RESTART: Final = Close("restart", 1012, "service restart", Advice.LATER)
+CLOSE_TLS_FAILED: Final = Close("tls_failed", 1015, "TLS handshake failed", Advice.AFTER_FIX, sent=False)
+CLOSE_TOKEN_EXPIRED: Final = Close("token_expired", 4401, "token expired", Advice.NEW_TOKEN)
+CLOSE_SUSPENDED: Final = Close("suspended", 4403, "company suspended or unpaid", Advice.NEVER, sent=False)
+CLOSE_IDLE: Final = Close("idle", 4408, "no pong or data for too long", Advice.LATER)
+
+REASON_NOT_AN_ENVELOPE: Final = Reason("not_an_envelope", "the bytes are not a MessageEnvelope")
+REASON_UNKNOWN_TYPE: Final = Reason("unknown_message_type", "no route names its message_type")
+REASON_FOREIGN_USER: Final = Reason("user_id_mismatch", "its user_id is not the token's")
+REASON_FOREIGN_COMPANY: Final = Reason("company_id_mismatch", "its company_id is not the token's")
+REASON_KAFKA_REFUSED: Final = Reason("kafka_refused", "Kafka will never take the record")
+REASON_OTHER: Final = Reason("other", "a dead letter out of the spool whose reason this version does not know")
+
+GIVEN_UP_DEAD_LETTER_REFUSED: Final = Reason(
+    "dead_letter_refused", "Kafka refused the record and its dead letter", gives_up=True
+)
+GIVEN_UP_DRAIN_TIMEOUT: Final = Reason(
+    "drain_timeout", "still unconfirmed when the drain ran out of time", gives_up=True
+)
+
+
+def refusal_advice(status: int, code: str) -> Advice:
+    """What to do about a handshake that was answered with ``status`` and ``code``, whoever answered it.
+
+    A status that no refusal has is a balancer's or a proxy's, and may pass.
+    """
+    entry = Refusal.registered.get(code)
+    if entry is not None and entry.status == status:
+        return entry.advice
+    return next((one.advice for one in Refusal.registered.values() if one.status == status), Advice.LATER)
+
+
+def close_advice(code: int) -> Advice:
+    """What to do about a connection that ended with close ``code``: one that no entry has may pass."""
+    return next((one.advice for one in Close.registered.values() if one.code == code), Advice.LATER)
+
+
+def refusal_codes() -> list[str]:
+    """The codes of all refusals, in the catalogue's order."""
+    return list(Refusal.registered)
+
+
+def close_names() -> list[str]:
+    """The names of the closes that are sent."""
+    return [close.name for close in Close.registered.values() if close.sent]
+
+
+def dead_letter_reasons() -> list[str]:
+    """The words of the reasons that make a dead letter."""
+    return [str(reason) for reason in Reason.registered.values() if not reason.gives_up]
+
+
+def give_up_reasons() -> list[str]:
+    """The words of the reasons that send a message to the spool, or drop it."""
+    return [str(reason) for reason in Reason.registered.values() if reason.gives_up]
+
+
+def tables() -> dict[str, str]:
+    """The Markdown tables of README.md by their names there: refusals, closes and reasons."""
+    refusals = sorted(Refusal.registered.values(), key=lambda one: one.status)
+    closes = sorted(Close.registered.values(), key=lambda one: one.code)
+    return {
+        "refusals": _table(
+            ("status", "code", "means", "try again?"),
+            ((str(one.status.value), f"`{one.code}`", one.message, one.advice.value) for one in refusals),
+        ),
+        "closes": _table(
+            ("code", "means", "reconnect?"),
+            ((str(one.code), one.reason, one.advice.value) for one in closes if one.sent),
+        ),
+        "reasons": _table(
+            ("reason", "means", "becomes"),
+            (
+                (f"`{one}`", one.text, "spooled, or dropped" if one.gives_up else "a dead letter")
+                for one in Reason.registered.values()
+            ),
+        ),
+    }
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = (heads, ("---",) * len(heads), *rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

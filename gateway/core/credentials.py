@@ -1,4 +1,4 @@
-"""Who is connected: the JWT verified once, and the `Principal` it yields.
+"""The JWT of a handshake, verified once: which keys and claims are believed, and the `Principal` they yield.
 
 The algorithms are the configured list, never the token's choice: a key is bound to its algorithms when it is
 loaded, a token's ``alg`` only selects among them (RFC 8725 3.1). Nothing in the header is fetched: ``jku``,
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 import jwt
 from google.protobuf.message import DecodeError
 
-from gateway.errors import GatewayError
+from gateway.core.principal import Principal
+from gateway.errors import GatewayError, InvalidToken
 from gateway.v1.token_pb2 import SubscriptionTier, UserToken
 
 if TYPE_CHECKING:
@@ -46,24 +47,6 @@ TIERS: Final = {
     SubscriptionTier.TIER_PRO: "pro",
     SubscriptionTier.TIER_ENTERPRISE: "enterprise",
 }
-
-
-class InvalidToken(GatewayError):
-    """A token that does not authenticate. ``reason`` is a fixed word for logs; it never quotes the token."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
-
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """An authenticated user. ``expires_at`` is in seconds since the epoch; ``tier`` is free, pro or enterprise."""
-
-    user_id: str
-    company_id: str
-    tier: str
-    expires_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +147,7 @@ def _may_be(key_kid: str | None, kid: str | None) -> bool:
     return key_kid is None or kid is None or key_kid == kid
 
 
-class _Repeated(ValueError):
+class _Repeated(GatewayError):
     """A JSON object with the same name twice, which parsers disagree about (RFC 7519 4, RFC 8259 4)."""
 
 

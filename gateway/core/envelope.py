@@ -20,7 +20,7 @@ from gateway.errors import NotAnEnvelope
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
 if TYPE_CHECKING:
-    from gateway.core.credentials import Principal
+    from gateway.core.principal import Principal
 
 _USER_ID = 2
 _COMPANY_ID = 3

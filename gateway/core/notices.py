@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgpack
 
 if TYPE_CHECKING:
-    from gateway.core.credentials import Principal
+    from gateway.core.principal import Principal
 
 BEARER: Final = "bearer"
 JSON: Final = "gateway.v1.json"

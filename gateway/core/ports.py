@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from gateway.core.books import Tally
-    from gateway.core.credentials import Principal
+    from gateway.core.principal import Principal
 
 
 class QueueFull(Exception):  # a condition the caller waits out, not an error

@@ -31,7 +31,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
 
-from gateway.errors import NoThread, StartupError
+from gateway.errors import GatewayError, NoThread, StartupError
 from gateway.kafka.faults import NOT_AUTHORISED, Fault
 from gateway.threads import in_thread
 
@@ -597,7 +597,7 @@ class KafkaProducer:
             self.note_broken(f"{found[1]} for {found[2]} ms (librdkafka's idemp_state)")
 
 
-class _EnoughForNow(Exception):  # ends a poll, never seen outside
+class _EnoughForNow(GatewayError):  # ends a poll, never seen outside
     pass
 
 

@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from gateway.core import catalogue
 from gateway.core.books import UNKNOWN_TYPE
+from gateway.core.catalogue import Reason
 from gateway.core.ports import Parked, QueueFull
 from gateway.kafka.faults import Fault, fault_of, may_be_written, refuses_record
 from gateway.router.deadletters import headers
@@ -223,9 +224,8 @@ class Delivery:
     def note_dead_lettered(self, report: Report) -> None:
         """The dead-letter topic has a message."""
         assert report.headers is not None  # noqa: S101  # the caller's case
-        reason = dict(report.headers).get("reason", b"").decode(errors="replace")
-        counts = self._counters.dead_letters
-        counts[reason if reason in counts else catalogue.REASON_OTHER] += 1
+        reason = Reason.of(dict(report.headers).get("reason", b"").decode(errors="replace"))
+        self._counters.dead_letters[reason] += 1
 
     def failed(self, report: Report, error: Any, message: Any) -> None:
         """A record will not get through: find its next place."""

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from gateway.core.catalogue import Close
-    from gateway.core.credentials import Principal
     from gateway.core.ports import Egress, Lane
+    from gateway.core.principal import Principal
     from gateway.telemetry.logging import RateLimited
     from gateway.ws.connection import ConnectionLimits
     from gateway.ws.frames import Item
@@ -422,7 +422,7 @@ class Session(Connection):
     def _announce(self, close: Close, reason: str) -> None:
         if self.subprotocol is not None and self.state == OPEN and not self._announced:
             self._announced = True
-            window_ms = self._context.reconnect_window_ms if close.retryable else 0
+            window_ms = self._context.reconnect_window_ms if close.advice.reconnects else 0
             self._tell(notices.closing(close.code, reason, random.randint(0, window_ms)))  # noqa: S311  # jitter
 
     # Looked after by Heartbeat

@@ -59,28 +59,9 @@ HANDSHAKE_OUTCOMES: Final = (
     "tls_failed",
     "overflow",
     "error",
-    *(refusal.code for refusal in catalogue.REFUSALS),
+    *catalogue.refusal_codes(),
 )
-CLOSE_OUTCOMES: Final = (
-    "peer_closed",
-    "peer_lost",
-    "stalled_peer",
-    "cancelled",
-    *(
-        close.name
-        for close in (
-            catalogue.CLOSE_PROTOCOL_ERROR,
-            catalogue.CLOSE_TEXT,
-            catalogue.CLOSE_BAD_UTF8,
-            catalogue.CLOSE_CONTROL_FLOOD,
-            catalogue.CLOSE_TOO_BIG,
-            catalogue.CLOSE_INTERNAL,
-            catalogue.CLOSE_RESTART,
-            catalogue.CLOSE_TOKEN_EXPIRED,
-            catalogue.CLOSE_IDLE,
-        )
-    ),
-)
+CLOSE_OUTCOMES: Final = ("peer_closed", "peer_lost", "stalled_peer", "cancelled", *catalogue.close_names())
 
 
 class Histogram:
@@ -114,12 +95,12 @@ class Counters:
 
     handshakes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(HANDSHAKE_OUTCOMES, 0))
     closes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLOSE_OUTCOMES, 0))
-    dead_letters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(catalogue.DEAD_LETTER_REASONS, 0))
+    dead_letters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(catalogue.dead_letter_reasons(), 0))
     dead_letter_attempts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(catalogue.DEAD_LETTER_REASONS, 0)
+        default_factory=lambda: dict.fromkeys(catalogue.dead_letter_reasons(), 0)
     )
-    spooled: dict[str, int] = field(default_factory=lambda: dict.fromkeys(catalogue.GIVEN_UP_REASONS, 0))
-    drops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(catalogue.GIVEN_UP_REASONS, 0))
+    spooled: dict[str, int] = field(default_factory=lambda: dict.fromkeys(catalogue.give_up_reasons(), 0))
+    drops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(catalogue.give_up_reasons(), 0))
     pauses: int = 0
     renewals: int = 0
     replayed: int = 0

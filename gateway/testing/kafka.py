@@ -29,6 +29,7 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from confluent_kafka.cimpl import NewTopic
 
 from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
+from gateway.errors import GatewayError
 
 KAFKA_VERSION = "4.1.1"
 SLF4J_VERSION = "1.7.36"
@@ -44,7 +45,7 @@ _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.
 """
 
 
-class KafkaUnavailable(Exception):
+class KafkaUnavailable(GatewayError):
     """Apache Kafka cannot be started here; the message says what is missing."""
 
 

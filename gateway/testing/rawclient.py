@@ -13,10 +13,12 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+from gateway.errors import GatewayError
+
 TIMEOUT_S = 15.0
 
 
-class Closed(Exception):
+class Closed(GatewayError):
     """The server ended the TCP connection."""
 
 

@@ -23,6 +23,7 @@ from websockets.speedups import apply_mask
 
 from gateway.core import catalogue
 from gateway.core.catalogue import Close
+from gateway.errors import GatewayError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ Item = bytes | str | Ping | Pong | PeerClose | Failure
 """What `Decoder.receive` yields: bytes for a binary message, str for a text message, or an event."""
 
 
-class _Violation(Exception):  # control flow inside this module, never seen outside
+class _Violation(GatewayError):  # control flow inside this module, never seen outside
     def __init__(self, close: Close, detail: str) -> None:
         self.failure = Failure(close, detail)
 

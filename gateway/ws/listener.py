@@ -15,10 +15,9 @@ import trio
 
 from gateway.core import catalogue
 from gateway.core.admission import network
-from gateway.errors import Refused
+from gateway.errors import Disconnected, Refused, TlsFailed
 from gateway.ws.connection import BLOCKED, Connection, half_close_and_drain
 from gateway.ws.upgrade import (
-    Disconnected,
     acceptance,
     read_request,
     refusal_answer,
@@ -60,18 +59,6 @@ class Entry(Protocol[C]):
 
     def leave(self, connection: C, /) -> None:
         """The connection that `enter` made has ended."""
-
-
-class TlsFailed(Exception):  # an ordinary end, not an error
-    """A TLS handshake that came to nothing: ``reason`` is OpenSSL's, or the system's.
-
-    ``said`` is false when the peer went away before it had said anything, as health checks of balancers do.
-    """
-
-    def __init__(self, reason: str, *, said: bool) -> None:
-        self.reason = reason
-        self.said = said
-        super().__init__(reason)
 
 
 class Listener(Generic[C]):

@@ -20,8 +20,7 @@ from urllib.parse import parse_qsl
 import trio
 
 from gateway.core import catalogue, notices
-from gateway.core.credentials import InvalidToken
-from gateway.errors import Refused
+from gateway.errors import Disconnected, InvalidToken, Refused
 from gateway.ws import request as http
 from gateway.ws.connection import BLOCKED, READ_BYTES, WRITE_BLOCKED
 
@@ -30,30 +29,13 @@ if TYPE_CHECKING:
 
     from gateway.core.admission import Admission
     from gateway.core.catalogue import Refusal
-    from gateway.core.credentials import Principal, TokenRules
+    from gateway.core.credentials import TokenRules
     from gateway.core.origins import OriginRules
+    from gateway.core.principal import Principal
     from gateway.ws.request import Request
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 _ACCOUNT = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
-_PHRASES: Final = {
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    414: "URI Too Long",
-    426: "Upgrade Required",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-}
-
-
-class Disconnected(Exception):  # an ordinary end, not an error
-    """The peer went away before its request was whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,4 +213,4 @@ def refusal_answer(refusal: Refusal, retry_after_s: int | None) -> bytes:
     if retry_after_s is not None:
         headers.append(("Retry-After", str(retry_after_s)))
     head = "".join(f"{name}: {value}\r\n" for name, value in headers)
-    return f"HTTP/1.1 {refusal.status} {_PHRASES[refusal.status]}\r\n{head}\r\n".encode() + body
+    return f"HTTP/1.1 {refusal.status} {refusal.status.phrase}\r\n{head}\r\n".encode() + body

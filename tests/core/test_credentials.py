@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.core.credentials import InvalidToken, TokenRules, VerifyKey, mint
+from gateway.core.credentials import TokenRules, VerifyKey, mint
+from gateway.errors import InvalidToken
 from tests.tokens import b64, data_claim, sign
 
 SECRET = b"s" * 48

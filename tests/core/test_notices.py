@@ -8,7 +8,7 @@ import msgpack
 import pytest
 
 from gateway.core import notices
-from gateway.core.credentials import Principal
+from gateway.core.principal import Principal
 from gateway.core.routes import Routes, check_topic
 
 

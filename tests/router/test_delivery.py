@@ -16,8 +16,8 @@ from confluent_kafka import KafkaError, KafkaException
 
 from gateway.core import catalogue
 from gateway.core.books import Books
-from gateway.core.credentials import Principal
 from gateway.core.ports import QueueFull
+from gateway.core.principal import Principal
 from gateway.core.routes import Routes
 from gateway.errors import StartupError
 from gateway.kafka.producer import KafkaProducer

@@ -9,8 +9,8 @@ import trio
 from confluent_kafka import Message, Producer
 
 from gateway.core import catalogue
-from gateway.core.credentials import Principal
 from gateway.core.ports import Parked, QueueFull
+from gateway.core.principal import Principal
 from gateway.router.parking import Parking, partition_of
 from gateway.testing.records import Records
 from tests.conftest import Broker

@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError
 
 from gateway.core import catalogue, notices
 from gateway.core.books import Tally
-from gateway.core.credentials import Principal
 from gateway.core.ports import Parked, QueueFull
+from gateway.core.principal import Principal
 from gateway.router.session import Session, SessionContext
 from gateway.telemetry.logging import RateLimited
 from gateway.testing.rawclient import frame

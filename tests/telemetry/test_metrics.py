@@ -48,7 +48,8 @@ def test_page_holds_the_books_by_outcome_and_type_and_is_cached() -> None:
 def test_every_refusal_and_close_has_its_series_from_the_start() -> None:
     counters = Counters()
     assert set(counters.handshakes) == set(HANDSHAKE_OUTCOMES)
-    assert {refusal.code for refusal in catalogue.REFUSALS} <= set(counters.handshakes)
-    closes = {value.name for value in vars(catalogue).values() if isinstance(value, catalogue.Close)}
+    assert {one.code for one in vars(catalogue).values() if isinstance(one, catalogue.Refusal)} <= set(
+        counters.handshakes
+    )
+    closes = {value.name for value in vars(catalogue).values() if isinstance(value, catalogue.Close) and value.sent}
     assert closes <= set(CLOSE_OUTCOMES)
-    assert len({refusal.code for refusal in catalogue.REFUSALS}) == len(catalogue.REFUSALS)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from gateway.core.credentials import Principal
 from gateway.core.ports import QueueFull
+from gateway.core.principal import Principal
 from gateway.errors import NoThread, SpoolError
 from gateway.threads import in_thread
 
