@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 
 import trio
-from google.protobuf.message import DecodeError
 
 from bench.load import envelope, frame
+from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
 from gateway.core.credentials import TokenRules, VerifyKey, mint
 from gateway.core.notices import JSON
@@ -25,12 +25,15 @@ from gateway.core.principal import Principal
 from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes
 from gateway.kafka.producer import KafkaProducer
 from gateway.router.delivery import Delivery
-from gateway.router.session import Session, SessionContext
+from gateway.router.endpoint import Identity
+from gateway.router.session import SessionContext
+from gateway.router.sessions import Sessions
 from gateway.telemetry.logging import Log, RateLimited
-from gateway.telemetry.metrics import Counters
+from gateway.telemetry.metrics import Metrics
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.ws import request
-from gateway.ws.connection import ConnectionLimits
+from gateway.ws.connection import Connection, ConnectionLimits
+from gateway.ws.endpoints import Granted
 from gateway.ws.frames import Decoder
 from gateway.ws.readiness import Readiness
 
@@ -87,37 +90,38 @@ def steps(message: bytes, batch: int) -> dict[str, Step]:
 
 
 def session_steps(
-    message: bytes, batch: int, producer: KafkaProducer, counters: Counters, subprotocol: str | None
+    message: bytes, batch: int, producer: KafkaProducer, metrics: Metrics, subprotocol: str | None
 ) -> dict[str, Step]:
     """A session fed through a socket pair, its records queued in a real producer that has no broker."""
     quiet = RateLimited(lambda *_, **__: None, trio.current_time)
     routes = Routes(DEFAULT_ROUTES, DEFAULT_DEAD_LETTER_TOPIC)
-    delivery = Delivery(producer, routes, Books(), counters, gateway="bench", log_refused=quiet)
+    delivery = Delivery(producer, routes, Books(), metrics, gateway="bench", log_failed=quiet)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     readiness = Readiness()
-    context = SessionContext(readiness, LIMITS, delivery, 200, 0, lambda: 5.0, lambda _: None, quiet, quiet)
+    context = SessionContext(readiness, delivery, 200, 0, lambda: 5.0, lambda _: None, quiet, quiet)
     principal = Principal("user-000001", "bench", "pro", 4e9)
-    session = Session(ours, context, connection_id="c-1", principal=principal, path="/", subprotocol=subprotocol)
+    sessions = Sessions(context, Admission(10, AddressRate(0, 1)), Books(), metrics)
+    session = sessions.open(Granted(Identity(principal, "1", "/"), subprotocol))
+    connection = Connection(ours, readiness, LIMITS, session)
+    session.opened(connection)
     wire = frame(message) * batch
     decoder = Decoder(LIMITS.max_message_bytes)
-    assert DecodeError in delivery.errors
 
     def produce(count: int) -> None:
-        lane = delivery.lane(session, "tick_data", (), acked=False)
-        assert lane is not None
+        lane = delivery.open_lane(session, "tick-data", "tick_data", acked=False)
         for _ in range(count):
             producer.produce(lane.topic, message, b"user-000001", -1, lane)
             lane.waiting.append(message)
 
     def route(count: int) -> None:
         for _ in range(count // batch):
-            session._take(decoder.receive(wire))
+            session.received(decoder.receive(wire))  # type: ignore[arg-type]  # messages only
 
     def feed(count: int) -> None:
         for _ in range(count // batch):
             theirs.send(wire)
-            session.feed()
+            connection.feed()
 
     def pair(count: int) -> None:
         for _ in range(count // batch):
@@ -134,23 +138,23 @@ def session_steps(
     }
 
 
-def queue_without_a_broker(counters: Counters, log: Log) -> KafkaProducer:
+def queue_without_a_broker(metrics: Metrics, log: Log) -> KafkaProducer:
     """A producer that keeps whatever it is given."""
     properties = {"queue.buffering.max.messages": 10_000_000, "queue.buffering.max.kbytes": 2_000_000, "log_level": 0}
-    return KafkaProducer("127.0.0.1:1", properties, counters, log)
+    return KafkaProducer("127.0.0.1:1", properties, metrics, log)
 
 
 async def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     """Nanoseconds a message of every step, a value for each repeat; the first one, which warms up, does not count."""
-    counters = Counters()
-    log = Log(counters, level="error")
+    metrics = Metrics()
+    log = Log(metrics, level="error")
     message, _ = envelope("user-000001", "bench", options.size)
     found: dict[str, list[float]] = {}
     for repeat in range(options.repeat + 1):
         for batch in (1, 16):
-            producers = [queue_without_a_broker(counters, log) for _ in range(2)]
-            plain = session_steps(message, batch, producers[0], counters, None)
-            acked = session_steps(message, batch, producers[1], counters, JSON)
+            producers = [queue_without_a_broker(metrics, log) for _ in range(2)]
+            plain = session_steps(message, batch, producers[0], metrics, None)
+            acked = session_steps(message, batch, producers[1], metrics, JSON)
             for name, step in {**steps(message, batch), **plain, **acked}.items():
                 gc.collect()
                 began = time.perf_counter_ns()

@@ -13,6 +13,7 @@ import secrets
 import sys
 import tempfile
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 
 import trio
@@ -21,10 +22,12 @@ from bench.ingest import COMPANY
 from bench.load import open_all, user_of
 from gateway import config
 from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
-from gateway.daemon.run import Addresses, Gateway
+from gateway.daemon.announce import Addresses
+from gateway.daemon.assemble import Daemon, assemble, read
+from gateway.daemon.run import run
 from gateway.kafka.embedded import EmbeddedKafka
 from gateway.telemetry.logging import Log
-from gateway.telemetry.metrics import Counters
+from gateway.telemetry.metrics import Metrics
 from gateway.testing.devkeys import mint_with_secret
 
 OURS = ("bench/", "tracemalloc")
@@ -47,36 +50,20 @@ async def measure(connections: int) -> list[tuple[str, float, float]]:
                 "listen.max_connections": connections + 200,
                 "listen.handshakes_per_address_per_s": 0,
                 "listen.max_pending_per_address": 0,
+                "kafka.bootstrap_servers": kafka.bootstrap_servers,
                 "spool.directory": "",
             },
         )
-        counters = Counters()
-        log = Log(counters, level="error")
-        gateway = Gateway(settings, counters, log, bootstrap_servers=kafka.bootstrap_servers)
+        metrics = Metrics()
         users = [user_of(number, connections + 100) for number in range(connections + 100)]
         tokens = [
             mint_with_secret(settings.auth, secret, user_id=user, company_id=COMPANY, tier="pro", ttl_s=3600)
             for user in users
         ]
-        async with trio.open_nursery() as nursery:
-            addresses: Addresses = await nursery.start(gateway.run)
-            await gateway.wait_ready()
-
-            async def connect(some: list[str]) -> list[object]:
-                opened = await trio.to_thread.run_sync(lambda: open_all(addresses.listen, some, at_once=32))
-                await trio.sleep(0.5)
-                gc.collect()
-                return list(opened.sockets)
-
-            kept = await connect(tokens[:100])  # whatever is made once is made by these
-            tracemalloc.start()
-            before = tracemalloc.take_snapshot()
-            kept += await connect(tokens[100:])
-            after = tracemalloc.take_snapshot()
-            tracemalloc.stop()
-            nursery.cancel_scope.cancel()
-        log.close()
-        del kept
+        with closing(Log(metrics, level="error")) as log:
+            materials = read(settings, log)
+            with assemble(settings, materials, metrics, log, embedded=True) as daemon:
+                before, after = await snapshots(daemon, tokens)
     found = []
     for difference in after.compare_to(before, "lineno"):
         frame = difference.traceback[0]
@@ -85,6 +72,29 @@ async def measure(connections: int) -> list[tuple[str, float, float]]:
         if difference.size_diff > connections and not where.startswith(OURS) and "tracemalloc" not in where:
             found.append((where, difference.size_diff / connections, difference.count_diff / connections))
     return found
+
+
+async def snapshots(daemon: Daemon, tokens: list[str]) -> tuple[tracemalloc.Snapshot, tracemalloc.Snapshot]:
+    """The memory of a running daemon before and after all but the first hundred clients have connected."""
+    async with trio.open_nursery() as nursery:
+        addresses: Addresses = await nursery.start(run, daemon, lambda: daemon.settings)
+        await daemon.lifecycle.state.wait_value("ready")
+
+        async def connect(some: list[str]) -> list[object]:
+            opened = await trio.to_thread.run_sync(lambda: open_all(addresses.listen, some, at_once=32))
+            await trio.sleep(0.5)
+            gc.collect()
+            return list(opened.sockets)
+
+        kept = await connect(tokens[:100])  # whatever is made once is made by these
+        tracemalloc.start()
+        before = tracemalloc.take_snapshot()
+        kept += await connect(tokens[100:])
+        after = tracemalloc.take_snapshot()
+        tracemalloc.stop()
+        nursery.cancel_scope.cancel()
+    del kept
+    return before, after
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 from gateway.core.books import Books
 from gateway.core.routes import DEFAULT_ROUTES
-from gateway.telemetry.metrics import Counters, Exposition, Gauges
+from gateway.ops.status import declare_books
+from gateway.telemetry.metrics import Metrics
 
 REPEAT = 20
 
@@ -46,17 +46,9 @@ def milliseconds(call: Callable[[], object]) -> list[float]:
 def measure(companies: int) -> dict[str, float]:
     """Medians in milliseconds, but for the longest step, which is the longest of all."""
     books = books_of(companies)
-    gauges = Gauges(
-        connections=lambda: companies,
-        producer_queue=lambda: 0,
-        paused=lambda: False,
-        ready=lambda: True,
-        kafka_up=lambda: True,
-        spool_waiting=lambda: 0,
-        spool_ok=lambda: True,
-    )
+    metrics = Metrics()
+    declare_books(metrics, books)
     clock = itertools.count(step=10)  # seconds: a page is used again for one
-    exposition = Exposition(Counters(), books, gauges, version("gateway"))
     steps: list[float] = []
 
     def recount() -> None:
@@ -70,7 +62,7 @@ def measure(companies: int) -> dict[str, float]:
     recounts = milliseconds(recount)
     return {
         "companies": companies,
-        "metrics_ms": statistics.median(milliseconds(lambda: exposition.page(next(clock)))),
+        "metrics_ms": statistics.median(milliseconds(lambda: metrics.page(next(clock)))),
         "summary_ms": statistics.median(milliseconds(books.summary)),
         "recount_ms": statistics.median(recounts),
         "longest_step_ms": max(steps),

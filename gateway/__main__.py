@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import NoReturn
 
-
-def _fill_standard_streams() -> None:
-    """Open what was closed of standard input, output and error: else the first sockets would take their places."""
-    while True:
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor > 2:  # the three are there
-            os.close(descriptor)
-            return
+from gateway import streams
 
 
 def main() -> NoReturn:
     """Run the command line and exit (`gateway.cli.main`); the daemon's signals count from the first instant."""
-    _fill_standard_streams()
+    streams.fill()
     if "serve" in sys.argv[1:2]:
         from gateway.daemon.signals import catch_signals
 

@@ -1,29 +1,30 @@
-"""An echo server on the gateway's ingress code for conformance suites: ``python -m tests.echo PORT``, 0 for a free one.
+"""An echo server on the gateway's own WebSocket side, for conformance suites: ``python -m tests.echo PORT``, 0 for a
+free one.
 
-Everything but the meaning of messages is the daemon's: listener, handshake parser, readiness, connection, frames.
+Everything but the meaning of messages is the daemon's: listener, handshake, readiness, connection, frames, outbox.
 """
 
 from __future__ import annotations
 
-import socket
+import math
 import sys
+from collections.abc import Sequence
 
 import trio
 
 from gateway.core.admission import AddressRate, Admission
-from gateway.core.credentials import TokenRules
+from gateway.core.catalogue import Close
 from gateway.core.origins import OriginRules
-from gateway.core.principal import Principal
 from gateway.telemetry.logging import RateLimited
-from gateway.telemetry.metrics import Counters
+from gateway.telemetry.metrics import Metrics
 from gateway.ws import frames
 from gateway.ws.connection import Connection, ConnectionLimits
-from gateway.ws.frames import Item
+from gateway.ws.endpoints import Asked, Endpoint, Endpoints, Granted, PathTemplate
+from gateway.ws.frames import Payload
 from gateway.ws.listener import Listener
 from gateway.ws.readiness import Readiness
-from gateway.ws.request import Request
 from gateway.ws.sockets import open_listening_sockets
-from gateway.ws.upgrade import Admitted, Handshake, _check_upgrade, accept_key
+from gateway.ws.upgrade import Upgrade
 
 LIMITS = ConnectionLimits(
     max_message_bytes=20 * 1024 * 1024,
@@ -37,70 +38,57 @@ LIMITS = ConnectionLimits(
 )
 
 
-class EchoConnection(Connection):
+class Echo:
     """Sends every message back as it came."""
 
-    __slots__ = ()
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
 
-    def _take(self, items: list[Item]) -> None:
-        for item in items:
-            if isinstance(item, bytes):
-                self.send(frames.BINARY, item)
-            elif isinstance(item, str):
-                self.send(frames.TEXT, item.encode())
+    def opened(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def received(self, messages: Sequence[Payload]) -> None:
+        assert self.connection is not None
+        for message in messages:
+            if isinstance(message, bytes):
+                self.connection.send(frames.encode(frames.BINARY, message))
             else:
-                self._event(item)
+                self.connection.send(frames.encode(frames.TEXT, message.encode()))
 
-    def _log_crash(self, error: Exception) -> None:
+    def tick(self, now: float) -> float:
+        return math.inf
+
+    def closing(self, close: Close | None, detail: str) -> None:
+        pass
+
+    def crashed(self, error: Exception) -> None:
         print(repr(error), file=sys.stderr)
 
-
-class Anybody(Handshake):
-    """The handshake without tokens."""
-
-    def decide(self, request: Request) -> Admitted:
-        """Accept every upgrade."""
-        return Admitted(
-            Principal("echo", "", "free", 0.0),
-            "echo",
-            request.path,
-            None,
-            accept_key(_check_upgrade(request)),
-        )
+    def ended(self, outcome: str) -> None:
+        self.connection = None
 
 
-class Echoes:
-    """Makes echo connections."""
-
-    def __init__(self, readiness: Readiness) -> None:
-        self._readiness = readiness
-
-    def enter(self, sock: socket.socket, admitted: Admitted) -> Connection:
-        return EchoConnection(sock, self._readiness, LIMITS, accept_text=True)
-
-    def leave(self, connection: Connection) -> None:
-        pass
+def anybody(asked: Asked) -> Granted:
+    """Grant every upgrade."""
+    return Granted(None)
 
 
 async def serve(port: int, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
     """Serve on loopback until cancelled; starts with the port."""
     readiness = Readiness()
     quiet = RateLimited(lambda *_, **__: None, trio.current_time)
+    admission = Admission(1000, AddressRate(0, 1))
+    admission.open()
+    endpoint = Endpoint("echo", PathTemplate("/"), LIMITS, OriginRules(), anybody, lambda _: Echo(), text=True)
     listener = Listener(
         open_listening_sockets("listen", "127.0.0.1", port, backlog=128),
-        handshake=Anybody(
-            path="/",
-            origins=OriginRules(),
-            allow_query_token=False,
-            rules=TokenRules((), ""),
-            admission=Admission(1000, AddressRate(0, 1)),
-        ),
-        entry=Echoes(readiness),
-        tls=None,
+        upgrade=Upgrade(Endpoints([endpoint]), admission),
+        readiness=readiness,
+        tls_context=None,
         handshake_timeout_s=10.0,
         max_connections=1000,
         max_pending_per_address=0,
-        counters=Counters(),
+        metrics=Metrics(),
         log_refused=quiet,
         log_crash=quiet,
     )

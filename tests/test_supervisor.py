@@ -14,13 +14,14 @@ import pytest
 import trio
 
 from gateway import config
-from gateway.daemon import workers
+from gateway.daemon import worker, workers
+from gateway.daemon.announce import Announcer
 from gateway.daemon.workers import Supervisor
 from gateway.telemetry.logging import Log
-from gateway.telemetry.metrics import Counters
+from gateway.telemetry.metrics import Metrics
 
 STAND_IN = """
-import http.server, os, pathlib, signal, sys, threading, time
+import http.server, json, os, pathlib, signal, sys, threading, time
 
 home = pathlib.Path({home!r})
 number = len(list(home.glob("started-*")))
@@ -47,8 +48,12 @@ server = http.server.HTTPServer(("127.0.0.1", 0), Sidecar)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 signal.signal(signal.SIGHUP, lambda *_: (home / f"reloaded-{{number}}").touch())
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-print(f"gateway: sidecar on http://127.0.0.1:{{server.server_port}}", flush=True)
-print("gateway: ready", flush=True)
+announce = int(sys.argv[sys.argv.index("--announce-fd") + 1])
+for event in (
+    {{"event": "listening", "sidecar": f"http://127.0.0.1:{{server.server_port}}", "across": {{}}}},
+    {{"event": "ready"}},
+):
+    os.write(announce, json.dumps(event).encode() + b"\\n")
 while True:
     signal.pause()
 """
@@ -79,13 +84,24 @@ class Parent:
         return bool((self.home / name).read_text())
 
 
+class Said(Announcer):
+    """Notes what is announced."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(people=False)
+        self._said = said
+
+    def tell(self, event: str, **facts: Any) -> None:
+        self._said.append(event)
+
+
 Start = Callable[..., Any]
 
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Run a supervisor with stand-ins in this process; SIGTERM ends it, as it does the real one."""
-    monkeypatch.setattr(workers, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(worker, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(workers, "SCRAPE_S", 0.05)
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(32))
@@ -97,22 +113,20 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         flags = {"auth.secret_file": str(secret), "listen.port": 0, "sidecar.port": 0}
         source = STAND_IN.format(home=str(tmp_path), cut=cut, waits=waits)
         said: list[str] = []
-        log = Log(Counters(), level="critical")
+        log = Log(Metrics(), level="critical")
         supervisor = Supervisor(
             config.load(None, flags),
             count,
             command or [sys.executable, "-c", source],
             log,
             version="0",
-            say=said.append,
+            announcer=Said(said),
         )
-        for worker in supervisor._workers:
-            worker.pause_s = workers.FIRST_PAUSE_S
         parent = Parent(supervisor, tmp_path, said)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(parent.run)
             with trio.fail_after(20):
-                while not any(line.startswith("kafka at") for line in said):
+                while "listening" not in said:
                     await trio.sleep(0.01)
             yield parent
             if not parent.ended.is_set():

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.ops.aggregate import Sum, parse
@@ -208,8 +209,9 @@ gateway_loop_lag_seconds_sum 0.5
 def test_sum_adds_counters_and_gauges_takes_the_worst_and_keeps_what_ended_processes_counted() -> None:
     one, two = parse(PAGE), parse(PAGE.replace("gateway_kafka_up 1.0", "gateway_kafka_up 0.0"))
     total = Sum()
+    total.learn({"gateway_kafka_up": "lowest"})
     total.retire(parse(PAGE))
-    text = total.text([one, two], [("gateway_workers", "gauge", 'Of a "host".', 2.0)]).decode()
+    text = total.text([one, two], [GaugeMetricFamily("gateway_workers", 'Of a "host".', 2.0)]).decode()
     found = {
         (sample.name, tuple(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(text)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
-import trio
 from cyclopts import Parameter
 
-from gateway import config
 from gateway.errors import ConfigError, SpoolError
-from gateway.running import run
 
 if TYPE_CHECKING:
     from gateway.config import Settings
@@ -23,6 +21,8 @@ app = cyclopts.App(name="spool", help="The spool: records that Kafka has not tak
 
 
 def _settings_with_spool(path: Path, directory: Path | None = None) -> tuple[Settings, Path]:
+    from gateway import config
+
     settings = config.load(path)
     if directory is not None:
         return settings, directory
@@ -128,6 +128,8 @@ def replay(
     timeout
         Seconds to wait for Kafka.
     """
+    from gateway.running import run
+
     settings, directory = _settings_with_spool(config_file, directory)
     sent, left = run(_replay, settings, directory, timeout)
     print(f"{directory}: {sent} records offered to Kafka, {left} segments left")
@@ -136,41 +138,29 @@ def replay(
 
 async def _replay(settings: Settings, directory: Path, timeout_s: float) -> tuple[int, int]:
     """Offer everything, wait for Kafka; how many records were offered and how many segments are still there."""
-    import platform
-    from importlib.metadata import version
+    import trio
 
-    from gateway.core.books import Books
-    from gateway.kafka.producer import KafkaProducer
-    from gateway.router.delivery import Delivery
-    from gateway.router.spool.segments import Spool, list_segments
-    from gateway.router.spool.writer import Replay, SpoolWriter
-    from gateway.telemetry.logging import Log, RateLimited
-    from gateway.telemetry.metrics import Counters
+    from gateway import config
+    from gateway.daemon.assemble import kafka_side
+    from gateway.router.spool.segments import list_segments
+    from gateway.telemetry.logging import Log
+    from gateway.telemetry.metrics import Metrics
 
-    counters = Counters()
-    log = Log(counters, level=settings.log.level, style="console")
-    spool = Spool(directory, settings.spool.max_bytes)
-    writer = SpoolWriter(spool, RateLimited(log.error, trio.current_time))
-    producer = KafkaProducer(settings.kafka.bootstrap_servers, config.kafka_properties(settings.kafka), counters, log)
-    delivery = Delivery(
-        producer,
-        settings.table,
-        Books(),
-        counters,
-        gateway=f"{platform.node()}/{version('gateway')}",
-        log_refused=RateLimited(log.error, trio.current_time),
-        spool=writer,
-    )
-    async with trio.open_nursery() as writing:
-        writing.start_soon(writer.run)
-        with trio.move_on_after(timeout_s):
-            async with trio.open_nursery() as polling:
-                polling.start_soon(producer.run)
-                await Replay(spool, delivery, counters, log).run()
-                polling.cancel_scope.cancel()
-        await delivery.give_up()
-        await writer.flush(trio.current_time() + timeout_s)
-        writing.cancel_scope.cancel()
-    spool.close()
-    log.close()
-    return counters.replayed, len(list_segments(directory))
+    metrics = Metrics()
+    log = Log(metrics, level=settings.log.level, style="console")
+    properties = config.kafka_properties(settings.kafka)
+    with closing(log), kafka_side(settings, properties, metrics, log, directory=directory) as side:
+        delivery, writer, replay = side.delivery, side.delivery.spool, side.replay
+        assert writer is not None  # noqa: S101  # there is a directory
+        assert replay is not None  # noqa: S101  # as above
+        async with trio.open_nursery() as writing:
+            writing.start_soon(writer.run)
+            with trio.move_on_after(timeout_s):
+                async with trio.open_nursery() as polling:
+                    polling.start_soon(side.producer.run)
+                    await replay.run()
+                    polling.cancel_scope.cancel()
+            await delivery.abandon()
+            await writer.flush(trio.current_time() + timeout_s)
+            writing.cancel_scope.cancel()
+    return replay.offered, len(list_segments(directory))

@@ -1,4 +1,4 @@
-"""Key and certificate files, read and checked: what fails names the setting and the file, never the key.
+"""Key files, read and checked: what fails names the setting and the file, never the key.
 
 Everything here is read again on SIGHUP; a file that cannot be used leaves what was loaded before in place.
 """
@@ -6,11 +6,9 @@ Everything here is read again on SIGHUP; a file that cannot be used leaves what 
 from __future__ import annotations
 
 import json
-import ssl
 from functools import partial
-from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -18,19 +16,20 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurv
 from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
-from cryptography.x509 import load_pem_x509_certificate, load_pem_x509_certificates
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.x509 import load_pem_x509_certificate
 
-from gateway.config import BYTE_ORDER_MARK, MIN_SECRET_BYTES, without_line_ending
+from gateway.config.files import BYTE_ORDER_MARK, read_file, without_line_ending
 from gateway.core.credentials import TokenRules, VerifyKey
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from gateway.config import AuthSettings, TlsSettings
+    from gateway.config.settings import AuthSettings
 
-_MIN_RSA_BITS = 2048  # RFC 7518 3.3
+MIN_SECRET_BYTES: Final = 32  # RFC 7518 3.2: a key of at least the hash's size
+_MIN_RSA_BITS: Final = 2048  # RFC 7518 3.3
 
 
 def token_rules(settings: AuthSettings, skipped: list[str] | None = None, unseen: Collection[str] = ()) -> TokenRules:
@@ -66,7 +65,7 @@ def read_secret(settings: AuthSettings) -> bytes | None:
         secret = settings.secret.get_secret_value().encode()
     elif settings.secret_file is not None:
         where = f"auth.secret_file: {settings.secret_file}"
-        secret = without_line_ending(_read(where, settings.secret_file))
+        secret = without_line_ending(read_file(where, settings.secret_file))
     else:
         return None
     if len(secret) < MIN_SECRET_BYTES:
@@ -85,17 +84,10 @@ def _secret(settings: AuthSettings) -> list[VerifyKey]:
     return [VerifyKey("HS256", key, settings.secret_kid)]
 
 
-def _read(where: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise ConfigError([f"{where}: {getattr(error, 'strerror', None) or error}"]) from error
-
-
 def _public_key(index: int, settings: AuthSettings) -> list[VerifyKey]:
     entry = settings.public_keys[index]
     where = f"auth.public_keys.{index}.file: {entry.file}"
-    pem = _read(where, entry.file)
+    pem = read_file(where, entry.file)
     if pem.count(b"-----BEGIN ") > 1:
         raise ConfigError([f"{where}: holds more than one PEM block; give each key an entry and a file of its own"])
     try:
@@ -112,7 +104,7 @@ def _jwks(skipped: list[str], settings: AuthSettings) -> list[VerifyKey]:
     if settings.jwks_file is None:
         return []
     where = f"auth.jwks_file: {settings.jwks_file}"
-    text = _read(where, settings.jwks_file)
+    text = read_file(where, settings.jwks_file)
     try:
         entries = json.loads(text.removeprefix(BYTE_ORDER_MARK).decode())["keys"]
         if not isinstance(entries, list):
@@ -166,46 +158,3 @@ def _bind(where: str, key: Any, kid: str | None, settings: AuthSettings) -> Veri
     if algorithm not in settings.algorithms:
         raise ConfigError([f"{where}: a key for {algorithm}, which auth.algorithms does not name"])
     return VerifyKey(algorithm, key, kid)
-
-
-def tls_context(settings: TlsSettings) -> ssl.SSLContext | None:
-    """A server context for TLS 1.2 and later, None without a certificate. Raises ConfigError.
-
-    A certificate is renewed by a new context: loading another into one that serves adds it beside the old one where
-    the kinds of their keys differ, and a pair that does not match breaks it.
-    """
-    if settings.cert_file is None or settings.key_file is None:
-        return None
-    for name, path in (("cert_file", settings.cert_file), ("key_file", settings.key_file)):
-        _read(f"tls.{name}: {path}", path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # WebSocket over TLS is HTTP/1.1 here (RFC 6455); saying so keeps a client from trying HTTP/2.
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        # The empty password keeps OpenSSL from asking for one on the terminal.
-        context.load_cert_chain(settings.cert_file, settings.key_file, password="")
-    except (ssl.SSLError, OSError) as error:
-        reason = getattr(error, "reason", None) or "unusable"
-        raise ConfigError(
-            [f"tls: {settings.cert_file} and {settings.key_file} are no certificate with its key: {reason}"]
-        ) from error
-    return context
-
-
-def check_tls(settings: TlsSettings, unseen: Collection[str] = ()) -> None:
-    """Check the certificate and its key, or that of both which is not ``unseen``. Raises ConfigError."""
-    if "tls.cert_file" not in unseen and "tls.key_file" not in unseen:
-        tls_context(settings)
-    elif "tls.cert_file" not in unseen and settings.cert_file is not None:
-        where = f"tls.cert_file: {settings.cert_file}"
-        try:
-            load_pem_x509_certificates(_read(where, settings.cert_file))
-        except ValueError as error:
-            raise ConfigError([f"{where}: not a PEM certificate"]) from error
-    elif "tls.key_file" not in unseen and settings.key_file is not None:
-        where = f"tls.key_file: {settings.key_file}"
-        try:
-            load_pem_private_key(_read(where, settings.key_file), password=None)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise ConfigError([f"{where}: not a PEM private key without a password"]) from error

@@ -34,6 +34,10 @@ class Acks:
         self._first_of[last] = first
         return False
 
+    def tell(self) -> None:
+        """The client is being told of all that is settled."""
+        self.told = self.settled
+
     @property
     def runs(self) -> int:
         """Runs of settled messages beyond the first gap."""

@@ -54,13 +54,21 @@ class AddressRate:
 
 
 class Admission:
-    """``closed`` holds the refusal while nobody may come in."""
+    """``closed`` is the refusal while nobody may come in, as at the start."""
 
     def __init__(self, max_connections: int, addresses: AddressRate) -> None:
         self._max = max_connections
         self._addresses = addresses
         self.connections = 0
         self.closed: Refusal | None = catalogue.STARTING
+
+    def open(self) -> None:
+        """Let connections in."""
+        self.closed = None
+
+    def close(self, refusal: Refusal) -> None:
+        """Let nobody in any more, with ``refusal`` for an answer."""
+        self.closed = refusal
 
     def knock(self, address: str, now: float) -> None:
         """Raise Refused unless ``address`` (as `network` gives it) may try now, before anything is read or encrypted.

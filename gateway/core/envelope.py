@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from gateway.core import catalogue
 from gateway.errors import NotAnEnvelope
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
@@ -106,15 +105,6 @@ def _field(number: int, value: str) -> bytes:
         length >>= 7
     size.append(length)
     return bytes((number << 3 | 2,)) + bytes(size) + data
-
-
-def foreign(envelope: MessageEnvelope, principal: Principal) -> str | None:
-    """The reason to refuse an envelope that names somebody else, None when it may pass; empty fields may."""
-    if envelope.user_id not in ("", principal.user_id):
-        return catalogue.REASON_FOREIGN_USER
-    if envelope.company_id not in ("", principal.company_id):
-        return catalogue.REASON_FOREIGN_COMPANY
-    return None
 
 
 def identity_stamp(envelope: MessageEnvelope, principal: Principal) -> bytes:

@@ -1,26 +1,19 @@
-"""The daemon's states and the signals that change them.
+"""The daemon's states.
 
 ::
 
     starting ──► ready ──► draining ──► stopped
         └───────────────────┘
 
-``starting`` ends when the listener listens and Kafka has answered for every topic. The first SIGTERM or SIGINT drains,
-a second one cuts the drain short, a third one stops at once, SIGHUP reloads.
+``starting`` ends when the listener listens and Kafka has answered for every topic. What begins a drain is in
+`gateway.daemon.operations`.
 """
 
 from __future__ import annotations
 
-import signal
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import trio
 from trio_util import AsyncValue
-
-from gateway.daemon.signals import SIGNALS, waiting_signals
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 State = Literal["starting", "ready", "draining", "stopped"]
 
@@ -48,29 +41,10 @@ class Lifecycle:
         self.state.value = "draining"
         return True
 
+    def stop(self) -> None:
+        """The drain is over."""
+        self.state.value = "stopped"
+
     async def wait_drain(self) -> None:
         """Wait until a drain has been asked for."""
         await self.state.wait_value(lambda state: state in ("draining", "stopped"))
-
-
-async def handle_signals(
-    lifecycle: Lifecycle,
-    *,
-    reload: Callable[[], None],
-    stop_now: Callable[[], None],
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Turn signals into what they mean, until cancelled."""
-
-    def act(number: int) -> None:
-        if number == signal.SIGHUP:
-            reload()
-        elif not lifecycle.drain():
-            stop_now()
-
-    with trio.open_signal_receiver(*SIGNALS) as signals:
-        task_status.started()
-        for number in waiting_signals():
-            act(number)
-        async for number in signals:
-            act(number)

@@ -1,4 +1,4 @@
-"""One /metrics page out of several processes': counters and histograms add up, gauges add up or take the worst.
+"""One /metrics page out of several processes': counters and histograms add up, gauges add up or as they say themselves.
 
 A process that has ended keeps its counters in the sum (`Sum.retire`), so that no counter ever goes back.
 """
@@ -7,48 +7,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.telemetry.metrics import THE_CLIENTS_OWN, Across
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
-LOWEST: Final = frozenset({"gateway_kafka_up", "gateway_spool_ok", "process_start_time_seconds"})
-"""Gauges of which the lowest counts: something is up when it is up everywhere."""
-HIGHEST: Final = frozenset({"gateway_ready", "gateway_build_info", "python_info", "process_max_fds"})
-"""Gauges of which the highest counts: the host is ready when one of its processes is."""
+Page = dict[str, Metric]
+"""The metric families of one process, or of several, by name."""
+
 _RUNNING: Final = ("counter", "histogram", "summary")
-
-Labels = tuple[tuple[str, str], ...]
-
-
-class Family:
-    """One metric of one process or of their sum."""
-
-    __slots__ = ("kind", "samples", "text")
-
-    def __init__(self, kind: str, text: str) -> None:
-        self.kind = kind
-        self.text = text
-        self.samples: dict[tuple[str, Labels], float] = {}
-
-
-Page = dict[str, Family]
+_COMBINE: Final[dict[Across, Callable[[float, float], float]]] = {
+    Across.SUM: float.__add__,
+    Across.LOWEST: min,
+    Across.HIGHEST: max,
+}
 
 
 def parse(page: str) -> Page:
     """A /metrics page by family. Raises ValueError for what is no Prometheus text."""
     families: Page = {}
     for found in text_string_to_metric_families(page):
-        family = families[found.name] = Family(found.type, found.documentation)
-        for sample in found.samples:
-            if not sample.name.endswith("_created"):
-                family.samples[sample.name, tuple(sample.labels.items())] = sample.value
+        found.samples = [sample for sample in found.samples if not sample.name.endswith("_created")]
+        families[found.name] = found
     return families
 
 
 def value(page: Page, name: str) -> float:
     """The sum of a metric's samples on a page, 0 where it is not there."""
-    return sum(page[name].samples.values()) if name in page else 0.0
+    return sum(sample.value for sample in page[name].samples) if name in page else 0.0
 
 
 class Sum:
@@ -56,45 +45,50 @@ class Sum:
 
     def __init__(self) -> None:
         self._retired: Page = {}
+        self._across: dict[str, Across] = dict(THE_CLIENTS_OWN)
+
+    def learn(self, across: Mapping[str, str]) -> None:
+        """How metrics of these names make one where it is not by their sum (`Across`), as a process says itself."""
+        self._across |= {name: Across(how) for name, how in across.items()}
 
     def retire(self, page: Page) -> None:
         """Keep the counters of a process that has ended."""
-        running = {name: family for name, family in page.items() if family.kind in _RUNNING}
-        self._retired = _add([self._retired, running])
+        running = {name: family for name, family in page.items() if family.type in _RUNNING}
+        self._retired = self._add([self._retired, running])
 
-    def text(self, pages: Iterable[Page], own: Iterable[tuple[str, str, str, float]]) -> bytes:
-        """Prometheus text of the sum; ``own`` are further metrics as (name, kind, text, value)."""
-        total = _add([self._retired, *pages])
-        for name, kind, text, value in own:
-            family = total[name] = Family(kind, text)
-            family.samples[name + ("_total" if kind == "counter" else ""), ()] = value
-        lines: list[str] = []
-        for name, family in total.items():
-            shown = name + ("_total" if family.kind == "counter" else "")
-            lines += [f"# HELP {shown} {_escaped(family.text)}", f"# TYPE {shown} {family.kind}"]
-            for (sample, labels), value in family.samples.items():
-                pairs = ",".join(f'{label}="{_escaped(text, quoted=True)}"' for label, text in labels)
-                lines.append(f"{sample}{'{' + pairs + '}' if pairs else ''} {value!r}")
-        return ("\n".join(lines) + "\n").encode()
+    def text(self, pages: Iterable[Page], own: Iterable[Metric]) -> bytes:
+        """Prometheus text of the sum, with ``own`` metrics behind it."""
+        families = [*self._add([self._retired, *pages]).values(), *own]
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Families(families))
+        return generate_latest(registry)
 
-
-def _add(pages: Iterable[Page]) -> Page:
-    total: Page = {}
-    for page in pages:
-        for name, family in page.items():
-            into = total.setdefault(name, Family(family.kind, family.text))
-            for key, value in family.samples.items():
-                if key not in into.samples:
-                    into.samples[key] = value
-                elif name in LOWEST:
-                    into.samples[key] = min(into.samples[key], value)
-                elif name in HIGHEST:
-                    into.samples[key] = max(into.samples[key], value)
-                else:
-                    into.samples[key] += value
-    return total
+    def _add(self, pages: Iterable[Page]) -> Page:
+        texts: Page = {}
+        sums: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+        for page in pages:
+            for name, family in page.items():
+                texts.setdefault(name, family)
+                into = sums.setdefault(name, {})
+                combine = _COMBINE[self._across.get(name, Across.SUM)]
+                for sample in family.samples:
+                    key = (sample.name, tuple(sample.labels.items()))
+                    into[key] = combine(into[key], sample.value) if key in into else sample.value
+        return {name: _metric(texts[name], samples) for name, samples in sums.items()}
 
 
-def _escaped(text: str, *, quoted: bool = False) -> str:
-    text = text.replace("\\", "\\\\").replace("\n", "\\n")
-    return text.replace('"', '\\"') if quoted else text
+def _metric(like: Metric, samples: dict[tuple[str, tuple[tuple[str, str], ...]], float]) -> Metric:
+    metric = Metric(like.name, like.documentation, like.type)
+    for (name, labels), number in samples.items():
+        metric.add_sample(name, dict(labels), number)
+    return metric
+
+
+class _Families:
+    """Metrics as prometheus-client collects them."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

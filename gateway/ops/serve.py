@@ -21,8 +21,6 @@ from hypercorn.config import Config
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio import serve
 
-from gateway.ws.sockets import open_listening_sockets
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -35,14 +33,12 @@ READ_TIMEOUT_S: Final = 10
 RESTART_PAUSE_S: Final = 0.1
 
 
-def open_sockets(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets for every address of ``host``. Raises StartupError naming the address."""
+BACKLOG: Final = 64
 
-    def prepare(sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
-    # Listening at once makes a port in use fail here, not inside hypercorn.
-    return open_listening_sockets("sidecar", host, port, backlog=64, prepare=prepare)
+def prepare(sock: socket.socket) -> None:
+    """Set what a listening socket of the sidecar needs; accepted ones inherit it."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
 
 class _Http1Only(H11Protocol):

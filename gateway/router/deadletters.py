@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gateway.core.catalogue import Reason
+
 if TYPE_CHECKING:
-    from gateway.core.ports import Origin
+    from gateway.router.messages import Headers, Message
 
 
-def headers(origin: Origin, reason: str, received_at_ms: int, gateway: str) -> list[tuple[str, bytes]]:
-    """The record headers; ``received_at`` is in milliseconds since the epoch."""
+def headers(message: Message, reason: Reason, gateway: str) -> Headers:
+    """The headers of a dead letter that ``gateway`` makes of ``message``; ``received_at`` is in milliseconds since the
+    epoch."""
+    sender = message.sender
     return [
         ("reason", reason.encode()),
-        ("user_id", origin.principal.user_id.encode()),
-        ("company_id", origin.principal.company_id.encode()),
-        ("path", origin.path.encode()),
-        ("connection_id", origin.connection_id.encode()),
-        ("received_at", str(received_at_ms).encode()),
+        ("user_id", sender.principal.user_id.encode()),
+        ("company_id", sender.principal.company_id.encode()),
+        ("path", sender.path.encode()),
+        ("connection_id", sender.connection_id.encode()),
+        ("received_at", str(message.arrived_at_ms).encode()),
         ("gateway", gateway.encode()),
     ]
+
+
+def reason_of(headers: Headers) -> Reason:
+    """The reason that a dead letter's headers give."""
+    return Reason.of(dict(headers).get("reason", b"").decode(errors="replace"))

@@ -2,46 +2,44 @@
 
 A partition without a leader, or with fewer replicas in sync than its topic asks for, keeps its records in the producer
 until it is whole again. They would fill the queue, and stop every user. When the queue has been full for a while the
-producer looks for such partitions (`KafkaProducer.unwritable`); what it held for them is parked here, in order, and the
-connections of their users wait, each for itself. When the partition takes records again, what was parked goes first.
+cluster is asked for such partitions (`gateway.kafka.topics`); what the producer held for them is parked here, in order,
+and the connections of their users wait, each for itself. When the partition takes records again, what was parked goes
+first.
 
 What is parked was in the queue before, so its bound holds; what comes after stays in the connections' backlogs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from collections import Counter, deque
+from typing import TYPE_CHECKING
+
+from gateway.kafka.partitioner import partition_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-TopicPartition = tuple[str, int]
-
-
-class Waiter(Protocol):
-    """A connection that can wait for a partition of its own."""
-
-    @property
-    def backlog(self) -> int:
-        """Messages that wait with it."""
-
-    def wait_alone(self) -> None:
-        """Hand over nothing until `go_on`."""
-
-    def go_on(self) -> None:
-        """Hand over what has gathered."""
+    from gateway.kafka.partitioner import TopicPartition
+    from gateway.router.messages import Message, Sender
 
 
 class Parking:
-    """Which partitions are parked, and who waits for them."""
+    """Which partitions are parked, what is parked with them, and who waits for them."""
 
     def __init__(self, partition_counts: Mapping[str, int]) -> None:
         """``partition_counts``: partitions of each topic, as far as they are known."""
         self._counts = partition_counts
-        self._waiters: dict[TopicPartition, dict[Waiter, None]] = {}
+        self._waiters: dict[TopicPartition, dict[Sender, None]] = {}
+        self._messages: deque[Message] = deque()
+        self.types: Counter[str] = Counter()
+        """How many messages of each type are parked: Kafka is not asked to confirm these."""
 
     def __bool__(self) -> bool:
         return bool(self._waiters)
+
+    def __len__(self) -> int:
+        """Messages that are parked."""
+        return len(self._messages)
 
     @property
     def partitions(self) -> frozenset[TopicPartition]:
@@ -65,36 +63,25 @@ class Parking:
         partition = (topic, partition_of(key, count))
         return partition if partition in self._waiters else None
 
-    def add_waiter(self, partition: TopicPartition, waiter: Waiter) -> None:
+    def add_waiter(self, partition: TopicPartition, waiter: Sender) -> None:
         """``waiter`` waits for a parked partition."""
         if waiter not in self._waiters[partition]:
             self._waiters[partition][waiter] = None
             waiter.wait_alone()
 
-    def reopen(self, partition: TopicPartition) -> list[Waiter]:
+    def add(self, message: Message) -> None:
+        """Park a message that was in the queue."""
+        self._messages.append(message)
+        self.types[message.tally.message_type] += 1
+
+    def take_all(self) -> list[Message]:
+        """Everything that is parked, in order; it is not any more."""
+        messages = list(self._messages)
+        self._messages.clear()
+        self.types.clear()
+        return messages
+
+    def reopen(self, partition: TopicPartition) -> list[Sender]:
         """The partition is parked no more; returns who waited for it and for no other one."""
         waiters = self._waiters.pop(partition, {})
         return [waiter for waiter in waiters if not any(waiter in others for others in self._waiters.values())]
-
-
-_MASK: Final = 0xFFFFFFFF
-
-
-def _murmur2(data: bytes) -> int:
-    """Kafka's murmur2 (org.apache.kafka.common.utils.Utils), 32 bits, seed 0x9747b28c."""
-    multiplier, length = 0x5BD1E995, len(data)
-    found = 0x9747B28C ^ length
-    whole = length & ~3
-    for at in range(0, whole, 4):
-        word = int.from_bytes(data[at : at + 4], "little") * multiplier & _MASK
-        word = (word ^ word >> 24) * multiplier & _MASK
-        found = found * multiplier & _MASK ^ word
-    if length > whole:
-        found = (found ^ int.from_bytes(data[whole:], "little")) * multiplier & _MASK
-    found = (found ^ found >> 13) * multiplier & _MASK
-    return found ^ found >> 15
-
-
-def partition_of(key: bytes, count: int) -> int:
-    """Where Java's default partitioner, and librdkafka's murmur2_random, put a key among ``count`` partitions."""
-    return (_murmur2(key) & 0x7FFFFFFF) % count

@@ -1,4 +1,4 @@
-"""A connection whose messages are routed: the envelope's header read, its bytes handed to Kafka.
+"""A connection whose messages are routed: the envelope's header judged, its bytes handed to Kafka.
 
 Everything here runs inside `Readiness`' turn, synchronously. One connection's messages are handed over in the order
 in which they were received: when the producer has no room, and while handing over is paused, they wait in ``_backlog``,
@@ -8,40 +8,31 @@ connection leaves behind in its backlog is handed over without it.
 
 from __future__ import annotations
 
-import random
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from gateway.core import catalogue, notices
-from gateway.core.acks import Acks
-from gateway.core.envelope import (
-    NO_PATTERN,
-    foreign,
-    head,
-    identity_stamp,
-    is_timestamp,
-    parse,
-    repeats,
-    tracing_stamp,
-)
-from gateway.core.ports import Parked, QueueFull
+from gateway.core.envelope import NO_PATTERN, head, is_timestamp, parse, repeats, tracing_stamp
+from gateway.core.verdict import NOT_AN_ENVELOPE, Verdict, judge
 from gateway.errors import NotAnEnvelope
-from gateway.v1.envelope_pb2 import MessageEnvelope
-from gateway.ws import frames
-from gateway.ws.connection import ENDED, OPEN, Connection
+from gateway.kafka.producer import PRODUCE_ERRORS
+from gateway.router.delivery import Room
+from gateway.router.talk import Talk
+from gateway.ws.connection import ENDED, OPEN
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterable, Sequence
 
-    from gateway.core.catalogue import Close
-    from gateway.core.ports import Egress, Lane
+    from gateway.core.catalogue import Close, Reason
+    from gateway.core.envelope import Pattern
     from gateway.core.principal import Principal
+    from gateway.router.delivery import Delivery
+    from gateway.router.lanes import Lane
     from gateway.telemetry.logging import RateLimited
-    from gateway.ws.connection import ConnectionLimits
-    from gateway.ws.frames import Item
+    from gateway.ws.connection import Connection
+    from gateway.ws.frames import Payload
     from gateway.ws.readiness import Readiness
 
 
@@ -49,10 +40,6 @@ RESUMED_MESSAGES: Final = 256
 """Messages of a backlog handed over before another connection's turn: about a millisecond."""
 ITEM_BYTES: Final = 64
 """What a message in a backlog takes beside its bytes."""
-
-
-class _Alone(list["Item"]):
-    """What waits for its user's partition, and for nobody else's."""
 
 
 def _weight(messages: Iterable[bytes]) -> int:
@@ -65,8 +52,7 @@ class SessionContext:
     """What all sessions share."""
 
     readiness: Readiness
-    limits: ConnectionLimits
-    egress: Egress
+    delivery: Delivery
     ack_interval_ms: int
     reconnect_window_ms: int
     """``closing.reconnect_after_ms`` is drawn from 0 to this, so that clients do not all come back at once."""
@@ -74,269 +60,311 @@ class SessionContext:
     """How long after its expiry a token still counts, now, as at the handshake."""
     notify: Callable[[Session], None]
     """Called when a session has something to say that may wait for ``ack_interval_ms``."""
-    log_refused: RateLimited
+    log_rejected: RateLimited
     """Takes lines that clients cause: broken frames, dead letters."""
     log_crash: RateLimited
 
 
-class Session(Connection):
-    """An authenticated connection; the `Origin` of what it hands over."""
+class Home(Protocol):
+    """Where sessions are kept (`gateway.router.sessions`)."""
+
+    def leave(self, session: Session, outcome: str) -> None:
+        """The session's connection is over."""
+
+
+class Session:
+    """An authenticated connection: its `Handler`, and the `Sender` of what it hands over."""
 
     __slots__ = (
-        "_acks",
         "_alone",
-        "_announced",
         "_backlog",
         "_context",
-        "_degraded",
+        "_edition",
         "_held_bytes",
+        "_home",
         "_key",
         "_lanes",
         "_last_lane",
         "_last_pattern",
-        "_rejections",
+        "_restarting",
+        "_subprotocol",
+        "_talk",
+        "account",
+        "connection",
         "connection_id",
         "path",
         "principal",
-        "received",
-        "subprotocol",
+        "received_messages",
     )
 
     def __init__(
         self,
-        sock: socket.socket,
         context: SessionContext,
+        home: Home,
         *,
         connection_id: str,
         principal: Principal,
+        account: str,
         path: str,
         subprotocol: str | None,
     ) -> None:
-        super().__init__(sock, context.readiness, context.limits)
-        # Spreads the pings of clients that all came back at the same moment.
-        self.last_ping -= random.random() * context.limits.ping_interval_s  # noqa: S311  # not a secret
         self._context = context
+        self._home = home
         self._key = principal.user_id.encode()
         self._lanes: dict[str, Lane] = {}
         self._last_lane: Lane | None = None
-        self._last_pattern = NO_PATTERN
+        self._last_pattern: Pattern = NO_PATTERN
+        self._edition = context.delivery.edition
         self._backlog: deque[bytes] | None = None
         self._held_bytes = 0
         self._alone = False
-        self._rejections: dict[str, tuple[int, int]] | None = None
+        self._restarting = False  # before there was a connection
+        self._subprotocol = subprotocol
+        self._talk: Talk | None = None
+        self.connection: Connection | None = None
         self.connection_id = connection_id
         self.principal = principal
+        self.account = account
         self.path = path
-        self.subprotocol = subprotocol if subprotocol in notices.CONTROL_SUBPROTOCOLS else None
-        self._announced = False
-        self._degraded = False
-        self._acks = Acks() if self.subprotocol is not None else None
-        self.received = 0
-        """Binary messages handed over so far: the index, from 1, of the last one."""
+        self.received_messages = 0
+        """Messages handed over so far: the index, from 1, of the last one."""
 
-    # The way in
+    # Its connection (the Handler of `gateway.ws.connection`)
 
-    def _take(self, items: list[Item]) -> None:
-        if self.state != OPEN and not self._takes_while_closing:
-            items = [item for item in items if item.__class__ is not bytes]
-        if self._backlog is not None or self._readiness.paused:
-            self._hold(items)
-        elif rest := self._hand_over(items):
-            self._put_back(rest)
+    def opened(self, connection: Connection) -> None:
+        """The handshake is done."""
+        self.connection = connection
+        if self._subprotocol in notices.CONTROL_SUBPROTOCOLS:
+            self._talk = Talk(connection, self._subprotocol)
+            self._talk.send_welcome(self.connection_id, self.principal, self._context.ack_interval_ms)
+        if self._restarting:
+            self.close_for_restart()
 
-    def _hold(self, items: list[Item]) -> None:
-        """Keep the messages that cannot be handed over now, in order. Everything else is answered at once."""
-        messages = self._messages(items)
-        if messages and self._backlog is None:
-            self._backlog = deque()
-            self._readiness.defer(self)
-        if self._backlog is not None:
-            self._backlog.extend(messages)
-            self._note_held(_weight(messages))
-        if self._backlog is not None and not self._readiness.may_hold(self._held_bytes):
-            self._readiness.want_read(self, False)  # until `_forget_backlog`
+    def received(self, messages: Sequence[Payload]) -> None:
+        """Hand over what one read brought, or keep it while that may not be."""
+        binary = cast("Sequence[bytes]", messages)  # the endpoint takes no text
+        if self._backlog is not None or self._context.readiness.paused:
+            self._hold(binary)
+        else:
+            self._hand_over(binary)
 
-    def _messages(self, items: Iterable[Item]) -> list[bytes]:
-        """The messages among ``items``; all else is handled."""
-        messages = []
-        for item in items:
-            if isinstance(item, bytes):
-                messages.append(item)
-            elif self._fails(item):
-                break
-        return messages
+    def tick(self, now: float) -> float:
+        """Close when the token has expired."""
+        remaining_s = self.principal.expires_at + self._context.leeway_s() - time.time()
+        if remaining_s <= 0 and self.connection is not None:
+            self.connection.close(catalogue.CLOSE_TOKEN_EXPIRED)
+        return now + remaining_s
 
-    def _fails(self, item: Item) -> bool:
-        """Handle what is no message; true when it failed the connection: nothing behind counts (RFC 6455 7.1.7)."""
-        alive = self.state != ENDED
-        self._event(item)
-        return alive and self.state == ENDED and self.outcome not in ("peer_lost", "stalled_peer")
+    def closing(self, close: Close | None, detail: str) -> None:
+        """Say what has gathered, and that the connection is about to be closed."""
+        if close is not None and detail:
+            self._log(self._context.log_rejected, "connection failed", code=close.code, detail=detail)
+        if self._talk is not None:
+            self._talk.send_notices()
+            if close is not None:
+                self._talk.announce(close, detail or close.reason, self._context.reconnect_window_ms)
 
-    def _note_held(self, change: int) -> None:
-        self._held_bytes += change
-        self._readiness.held_bytes += change
+    def crashed(self, error: Exception) -> None:
+        """Say that this session's code raised."""
+        self._log(self._context.log_crash, "session crashed", exc_info=error)
 
-    def _hand_over(self, items: Sequence[Item]) -> Sequence[Item]:
+    def ended(self, outcome: str) -> None:
+        """Give back what it took; what is left in its backlog is handed over without it."""
+        self._home.leave(self, outcome)
+        self._forget_lanes()  # they know it: both would wait for the garbage collector
+
+    # Judging
+
+    def _hand_over(self, messages: Sequence[bytes]) -> None:
         """Route messages that were accepted when they were read, whatever has become of the connection since.
 
-        Returns what there is no room for. Nothing behind what failed the connection counts.
+        Those there is no room for go into the backlog, in front.
         """
-        egress = self._context.egress
-        produce, key = egress.produce, self._key
+        delivery = self._context.delivery
+        if self._edition != delivery.edition:
+            self._look_up_anew(delivery)
+        produce, key = delivery.produce, self._key
         lane, pattern = self._last_lane, self._last_pattern
-        rest = iter(items)
-        # hot: the plain case in one go, with locals for all that a message touches; whatever is not plain, and
-        # whatever raises, takes `_route` from the beginning. bench/micro.py has the gain.
-        for item in rest:
-            if item.__class__ is not bytes:
-                if self._fails(item):
-                    return ()
-                continue
-            try:
-                size = len(item)
-                if (
-                    lane is None
-                    or size != pattern.length
-                    or not item.startswith(pattern.start)
-                    or not is_timestamp(item, pattern.tail)
-                ):
-                    lane = self._plain_lane(item)
-                    pattern = self._last_pattern
-                if lane is not None:
-                    produce(lane.topic, item, key, -1, lane)
-                    lane.waiting.append(item)
-                    tally = lane.tally
-                    tally.received += 1
-                    tally.received_bytes += size
-                    tally.in_flight += 1
-                    tally.in_flight_bytes += size
-                    self.received += 1
-                    if lane.indices is not None:
-                        lane.indices.append(self.received)
-                    continue
-            except egress.errors:
-                lane = None
-            try:
-                self._route(item)
-            except Parked:  # only this connection waits, until `go_on`
-                return _Alone([item, *rest])
-            except QueueFull:
-                return [item, *rest]
-        return ()
-
-    def _put_back(self, items: Sequence[Item]) -> None:
-        """There is no room: these go first when there is, and everybody waits."""
-        messages = self._messages(items)
-        if self._backlog is None:
-            self._backlog = deque()
-        self._backlog.extendleft(reversed(messages))
-        self._note_held(_weight(messages))
-        if not isinstance(items, _Alone):
-            self._readiness.stall(self)
-        elif not self._alone:  # it has been let go on meanwhile
-            self._readiness.defer(self)
-
-    def _plain_lane(self, raw: bytes) -> Lane | None:
-        """The lane of a message that may go out as it came, None for any other. Raises DecodeError."""
-        lane = self._last_lane
-        pattern = repeats(raw, lane.head) if lane is not None and lane.head else None
-        if pattern is None:
-            envelope = MessageEnvelope.FromString(raw)
-            principal = self.principal
-            lane = self._lanes.get(envelope.message_type)
+        room = Room.TAKEN
+        rest = iter(messages)
+        # hot: the plain case in one go, with locals for all that a message touches; `Tally.receive` says the same, in
+        # a call more. Whatever is not plain takes `_route`, which parses nothing twice. bench/micro.py has the gain.
+        for raw in rest:
+            size = len(raw)
             if (
                 lane is None
-                or not lane.plain
-                or envelope.user_id != principal.user_id
-                or envelope.company_id != principal.company_id
-                or envelope.enable_tracing
+                or size != pattern.length
+                or not raw.startswith(pattern.start)
+                or not is_timestamp(raw, pattern.tail)
             ):
-                return None
+                judged = self._judge(raw)
+                if isinstance(judged, Verdict):
+                    room = self._route(raw, judged)
+                    if room is not Room.TAKEN:
+                        break
+                    continue
+                lane, pattern = judged, self._last_pattern
+            try:
+                produce(lane.topic, raw, key, -1, lane)
+            except PRODUCE_ERRORS:
+                room = self._send(lane, lane.tally.message_type, raw, b"")
+                if room is not Room.TAKEN:
+                    break
+                continue
+            lane.waiting.append(raw)
+            tally = lane.tally
+            tally.received += 1
+            tally.received_bytes += size
+            tally.in_flight += 1
+            tally.in_flight_bytes += size
+            self.received_messages += 1
+            if lane.indices is not None:
+                lane.indices.append(self.received_messages)
+        if room is not Room.TAKEN:
+            self._put_back([raw, *rest], room)
+
+    def _judge(self, raw: bytes) -> Lane | Verdict:
+        """The lane of a message that goes out as it came, the verdict on any other.
+
+        A message that repeats the last one's header needs no other verdict (`gateway.core.envelope`).
+        """
+        lane = self._last_lane
+        pattern = repeats(raw, lane.head) if lane is not None and lane.head else None
+        if lane is None or pattern is None:
+            try:
+                envelope = parse(raw)
+            except NotAnEnvelope:
+                return NOT_AN_ENVELOPE
+            verdict = judge(envelope, self.principal, self._context.delivery.routes)
+            if not verdict.plain:
+                return verdict
+            lane = self._lane(verdict)
+            if lane.parked or lane.tally.message_type != verdict.message_type:
+                return verdict
             if lane.head is None:
-                lane.head = head(raw)
+                lane.learn(head(raw))
             self._last_lane = lane
         self._last_pattern = pattern or NO_PATTERN
         return lane
 
-    def _route(self, raw: bytes) -> None:
-        """Judge one message and hand it over: to its topic or as a dead letter. Raises QueueFull."""
-        principal = self.principal
-        egress = self._context.egress
-        try:
-            envelope = parse(raw)
-        except NotAnEnvelope:
-            self._reject(raw, catalogue.REASON_NOT_AN_ENVELOPE)
-            return
-        reason = foreign(envelope, principal)
-        if reason is not None:
-            self._reject(raw, reason)
-            return
-        lane = self._lanes.get(envelope.message_type) or self._open_lane(envelope.message_type)
-        if lane is None:
-            self._reject(raw, catalogue.REASON_UNKNOWN_TYPE)
-            return
-        stamp = identity_stamp(envelope, principal)
-        if envelope.enable_tracing and not envelope.correlation_id:
-            stamp += tracing_stamp(f"{self.connection_id}-{self.received + 1}")
-        egress.send(lane, self, raw, stamp, self._next_index())
-        self.received += 1
+    def _route(self, raw: bytes, verdict: Verdict) -> Room:
+        """Hand over one message that is not plain: to its topic, or as a dead letter."""
+        if verdict.reason is not None:
+            room = self._context.delivery.dead_letter(self, raw, verdict.reason, self.received_messages + 1)
+            if room is Room.TAKEN:
+                self.received_messages += 1
+                self._log(self._context.log_rejected, "message refused", reason=verdict.reason)
+            return room
+        stamp = verdict.stamp
+        if verdict.traced:
+            stamp += tracing_stamp(f"{self.connection_id}-{self.received_messages + 1}")
+        return self._send(self._lane(verdict), verdict.message_type, raw, stamp)
 
-    def _open_lane(self, message_type: str) -> Lane | None:
-        lanes = self._lanes
-        lane = self._context.egress.lane(self, message_type, lanes.values(), acked=self._acks is not None)
-        if lane is not None:
-            lanes[message_type] = lane
+    def _send(self, lane: Lane, message_type: str, raw: bytes, stamp: bytes) -> Room:
+        room = self._context.delivery.send(lane, message_type, raw, stamp, self.received_messages + 1)
+        if room is Room.TAKEN:
+            self.received_messages += 1
+        return room
+
+    def _lane(self, verdict: Verdict) -> Lane:
+        """The session's one lane to a topic."""
+        lane = self._lanes.get(verdict.topic)
+        if lane is None:
+            acked = self._talk is not None
+            lane = self._context.delivery.open_lane(self, verdict.topic, verdict.message_type, acked=acked)
+            self._lanes[verdict.topic] = lane
         return lane
 
-    def _reject(self, raw: bytes, reason: str) -> None:
-        self._context.egress.dead_letter(self, raw, reason, self._next_index())
-        self.received += 1
-        self._log(self._context.log_refused, "message refused", reason=reason)
+    def _look_up_anew(self, delivery: Delivery) -> None:
+        """The routes have changed, or which partitions take anything."""
+        self._edition = delivery.edition
+        self._last_lane = None
+        for lane in self._lanes.values():
+            delivery.look_again(lane)
 
-    def _next_index(self) -> int:
-        """The number of the message at hand, 0 for a client that is told nothing."""
-        return 0 if self._acks is None else self.received + 1
+    def _forget_lanes(self) -> None:
+        """Open them anew; what is in flight keeps the old ones."""
+        self._lanes = {}
+        self._last_lane = None
 
-    # What becomes of it (the Origin port)
+    # What waits
 
-    def settle(self, index: int) -> None:
-        """Message ``index`` is in Kafka, in the spool, or dropped and reported."""
-        if self._acks is not None and self._acks.settle(index):
-            self._context.notify(self)
+    def _hold(self, messages: Sequence[bytes]) -> None:
+        """Keep messages that cannot be handed over now, in order."""
+        readiness = self._context.readiness
+        if self._backlog is None:
+            self._backlog = deque()
+            readiness.defer(self)
+        self._backlog.extend(messages)
+        self._note_held(_weight(messages))
+        if self.connection is not None and not readiness.may_hold(self._held_bytes):
+            readiness.want_read(self.connection, False)  # until `_forget_backlog`
 
-    def note_rejected(self, reason: str, index: int) -> None:
-        """Message ``index`` has become a dead letter."""
-        if self._acks is not None:
-            if self._rejections is None:
-                self._rejections = {}
-            count, last = self._rejections.get(reason, (0, 0))
-            self._rejections[reason] = (count + 1, max(last, index))
-            self._context.notify(self)
+    def _put_back(self, messages: list[bytes], room: Room) -> None:
+        """There is no room: these go first when there is, and everybody waits, or only this session."""
+        if self._backlog is None:
+            self._backlog = deque()
+        self._backlog.extendleft(reversed(messages))
+        self._note_held(_weight(messages))
+        if room is Room.NONE:
+            self._context.readiness.stall(self)
+        elif not self._alone:  # it has been let go on meanwhile
+            self._context.readiness.defer(self)
+
+    def _note_held(self, change: int) -> None:
+        self._held_bytes += change
+        self._context.readiness.note_held(change)
 
     def resume(self) -> None:
+        """Hand over some of the backlog."""
         backlog = self._backlog
         if backlog is None:
             return
-        if self.state == ENDED:
-            self.forget_routes()  # its company's books may have been closed since the last time
+        if self.connection is None or self.connection.state == ENDED:
+            self._forget_lanes()  # its company's books may have been closed since the last time
         chunk = [backlog.popleft() for _ in range(min(RESUMED_MESSAGES, len(backlog)))]
         self._note_held(-_weight(chunk))
+        left = len(backlog)
         try:
-            rest = self._hand_over(chunk)
+            self._hand_over(chunk)
         except BaseException:
             self._forget_backlog()
             raise
-        if rest:
-            self._put_back(rest)
-        elif self._backlog:
-            self._readiness.defer(self)
+        if len(backlog) > left:
+            return  # `_put_back` has said what is next
+        if backlog:
+            self._context.readiness.defer(self)
         else:
             self._forget_backlog()
 
     def _forget_backlog(self) -> None:
         self._note_held(-self._held_bytes)
         self._backlog = None
-        self._readiness.want_read(self, True)
+        if self.connection is not None:
+            self._context.readiness.want_read(self.connection, True)
+
+    def crash(self, error: Exception) -> None:
+        """End the connection because handing over its backlog, or a notice, has raised."""
+        if self.connection is not None:
+            self.connection.crash(error)
+
+    @property
+    def backlog(self) -> int:
+        """Messages that were read and could not be handed over yet."""
+        return len(self._backlog or ())
+
+    # What becomes of its messages (the Sender of `gateway.router.messages`)
+
+    def settle(self, index: int | None) -> None:
+        """Message ``index`` is in Kafka, in the spool, or dropped and reported."""
+        if self._talk is not None and index is not None and self._talk.settle(index):
+            self._context.notify(self)
+
+    def note_rejected(self, reason: Reason, index: int | None) -> None:
+        """Message ``index`` has become a dead letter."""
+        if self._talk is not None and index is not None:
+            self._talk.note_rejected(reason, index)
+            self._context.notify(self)
 
     def wait_alone(self) -> None:
         """This user's partition takes nothing: hold what comes; nobody else waits with it."""
@@ -348,100 +376,47 @@ class Session(Connection):
     def go_on(self) -> None:
         """Hand over what has gathered, when it is this connection's turn."""
         self._alone = False
-        self._readiness.defer(self)
+        self._context.readiness.defer(self)
         self.tell_degraded(False)
 
-    @property
-    def backlog(self) -> int:
-        """Messages that were read and could not be handed over yet."""
-        return len(self._backlog or ())
+    def keep(self) -> bool:
+        """A message that is given up is nowhere else."""
+        return False
+
+    # What the client is told
 
     @property
     def unsettled(self) -> bool:
         """Open, with messages that are not settled yet."""
-        acks = self._acks
-        return self.state == OPEN and acks is not None and acks.settled < self.received
-
-    def forget_routes(self) -> None:
-        """Look every route up anew: the table has changed. What is in flight keeps its old lane."""
-        self._lanes = {}
-        self._last_lane = None
-
-    # What the client is told
-
-    def _greet(self) -> None:
-        if self.subprotocol is not None:
-            limits = self._limits
-            self._tell(
-                notices.welcome(
-                    connection_id=self.connection_id,
-                    principal=self.principal,
-                    max_message_bytes=limits.max_message_bytes,
-                    ping_interval_s=limits.ping_interval_s,
-                    ack_interval_ms=self._context.ack_interval_ms,
-                )
-            )
-
-    def _tell(self, message: dict[str, object]) -> None:
-        if self.subprotocol is None:
-            return
-        encoded = notices.encode(message, self.subprotocol)
-        if isinstance(encoded, str):
-            self.send(frames.TEXT, encoded.encode())
-        else:
-            self.send(frames.BINARY, encoded)
+        open_now = self.connection is not None and self.connection.state == OPEN
+        return open_now and self._talk is not None and self._talk.is_unsettled(self.received_messages)
 
     def send_notices(self) -> None:
         """Send what has gathered for the client since the last time."""
-        rejections, self._rejections = self._rejections, None
-        for reason, (count, last) in (rejections or {}).items():
-            self._tell(notices.rejected(count, reason, last))
-        acks = self._acks
-        if acks is not None and acks.settled > acks.told:
-            acks.told = acks.settled
-            self._tell(notices.ack(acks.settled))
-
-    def _last_words(self) -> None:
-        self.send_notices()
+        if self._talk is not None:
+            self._talk.send_notices()
 
     def tell_degraded(self, degraded: bool) -> None:
         """Say once that reading has stopped, and once that it goes on: not while this connection waits alone."""
-        degraded = degraded or self._alone
-        if degraded != self._degraded:
-            self._degraded = degraded
-            self._tell(notices.degraded() if degraded else notices.recovered())
+        if self._talk is not None:
+            self._talk.tell_degraded(degraded or self._alone)
 
     def announce_restart(self) -> bool:
         """Say that the connection will be closed soon; true when the client understands such notices.
 
         A client that does sends nothing more, so that it can be told of everything it sent before the close.
         """
-        self._announce(catalogue.CLOSE_RESTART, catalogue.CLOSE_RESTART.reason)
-        return self.subprotocol is not None
+        if self._talk is None:
+            return False
+        close = catalogue.CLOSE_RESTART
+        self._talk.announce(close, close.reason, self._context.reconnect_window_ms)
+        return True
 
-    def _announce(self, close: Close, reason: str) -> None:
-        if self.subprotocol is not None and self.state == OPEN and not self._announced:
-            self._announced = True
-            window_ms = self._context.reconnect_window_ms if close.advice.reconnects else 0
-            self._tell(notices.closing(close.code, reason, random.randint(0, window_ms)))  # noqa: S311  # jitter
-
-    # Looked after by Heartbeat
-
-    def tick(self, now: float) -> None:
-        remaining_s = self.principal.expires_at + self._context.leeway_s() - time.time()
-        if remaining_s <= 0:
-            self.close(catalogue.CLOSE_TOKEN_EXPIRED)
-            return
-        super().tick(now)
-        self.due = min(self.due, now + remaining_s)
-
-    # What the log is told
-
-    def _log_failure(self, close: Close, detail: str) -> None:
-        self._log(self._context.log_refused, "connection failed", code=close.code, detail=detail)
-
-    def _log_crash(self, error: Exception) -> None:
-        self._log(self._context.log_crash, "session crashed", exc_info=error)
+    def close_for_restart(self) -> None:
+        """Start the close handshake, once there is a connection; what was under way is still taken."""
+        self._restarting = True
+        if self.connection is not None:
+            self.connection.close(catalogue.CLOSE_RESTART, take_rest=True)
 
     def _log(self, write: RateLimited, event: str, **fields: object) -> None:
         write(event, connection=self.connection_id, user_id=self.principal.user_id, **fields)

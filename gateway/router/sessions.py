@@ -10,16 +10,17 @@ import trio
 
 from gateway.core import catalogue
 from gateway.router.session import Session
+from gateway.ws.roster import Roster
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterable, Iterator, Sequence
 
     from gateway.core.admission import Admission
     from gateway.core.books import Books
+    from gateway.router.endpoint import Identity
     from gateway.router.session import SessionContext
-    from gateway.telemetry.metrics import Counters
-    from gateway.ws.upgrade import Admitted
+    from gateway.telemetry.metrics import Metrics
+    from gateway.ws.endpoints import Granted
 
 MIN_SLICE: Final = 100
 """Sessions closed at once in any case: their clients' handshakes take the next process a tenth of a second."""
@@ -29,56 +30,52 @@ SETTLE_S: Final = 2.0
 """How long a drain waits for Kafka's answers before it closes: what is answered by then is acked and not sent again."""
 SETTLE_POLL_S: Final = 0.02
 
+OUTCOMES: Final = ("peer_closed", "peer_lost", "stalled_peer", "cancelled", *catalogue.close_names())
+"""Label values: how a connection can end."""
+
 
 class Sessions:
-    """The set of open sessions. A session is in it from `enter` to `leave`, and holds its place meanwhile."""
+    """The open sessions. A session is among them from `open` to `leave`, and holds its place meanwhile."""
 
-    def __init__(self, context: SessionContext, admission: Admission, books: Books, counters: Counters) -> None:
+    def __init__(self, context: SessionContext, admission: Admission, books: Books, metrics: Metrics) -> None:
         self._context = context
         self._admission = admission
         self._books = books
-        self._counters = counters
-        self._sessions: set[Session] = set()
-        self._empty: trio.Event | None = None
+        self._closed = metrics.labelled("gateway_connections_closed", "Connections ended.", "outcome", OUTCOMES)
+        self.roster: Roster[Session] = Roster()
         # Unique over restarts and over processes on one port, and short: it is in every dead letter.
         self._prefix = secrets.token_hex(4)
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        return len(self.roster)
 
     def __iter__(self) -> Iterator[Session]:
-        return iter(tuple(self._sessions))
+        return iter(self.roster)
 
-    def enter(self, sock: socket.socket, admitted: Admitted) -> Session:
+    def open(self, granted: Granted) -> Session:
         """Make the session of an accepted handshake; raises Refused when the last place is gone."""
+        identity: Identity = granted.identity
         self._admission.enter()
-        self._books.open(admitted.principal.company_id)
+        self._books.open(identity.principal.company_id)
         session = Session(
-            sock,
             self._context,
+            self,
             connection_id=f"{self._prefix}-{next(self._numbers)}",
-            principal=admitted.principal,
-            path=admitted.path,
-            subprotocol=admitted.subprotocol,
+            principal=identity.principal,
+            account=identity.account,
+            path=identity.path,
+            subprotocol=granted.subprotocol,
         )
-        self._sessions.add(session)
+        self.roster.add(session)
         return session
 
-    def leave(self, session: Session) -> None:
-        """Give back what `enter` took and count how it ended."""
-        self._sessions.discard(session)
+    def leave(self, session: Session, outcome: str) -> None:
+        """Give back what `open` took and count how it ended."""
         self._admission.leave()
         self._books.close(session.principal.company_id)
-        self._counters.closes[session.outcome] += 1
-        session.forget_routes()  # its lanes know it: both would wait for the garbage collector
-        if self._empty is not None and not self._sessions:
-            self._empty.set()
-
-    def forget_routes(self) -> None:
-        """Let every session look its routes up anew."""
-        for session in self._sessions:
-            session.forget_routes()
+        self._closed.add(outcome)
+        self.roster.discard(session)
 
     def tell_degraded(self, *, unconfirmed_only: bool) -> None:
         """Tell every session that Kafka takes nothing, those too that came since the last time.
@@ -96,23 +93,19 @@ class Sessions:
 
     def slices(self, count: int) -> list[list[Session]]:
         """All sessions in ``count`` slices at most, of at least `MIN_SLICE` each."""
-        sessions = list(self._sessions)
-        size = max(MIN_SLICE, -(-len(sessions) // count))
-        return [sessions[at : at + size] for at in range(0, len(sessions), size)]
+        return self.roster.slices(count, MIN_SLICE)
 
     async def close_all(self) -> None:
-        """Close every session with 1012 and wait until all have left.
+        """Close every session with 1012 and wait until all have left, those too that are not open yet.
 
         What clients sent before they answer the close is still taken. Bounded by each connection's close
         timeouts and by the caller's deadline.
         """
         close(self)
-        if self._sessions:
-            self._empty = trio.Event()
-            await self._empty.wait()
+        await self.roster.wait_empty()
 
 
-async def see_off(sessions: Sequence[Session]) -> None:
+async def close_gracefully(sessions: Sequence[Session]) -> None:
     """Announce the restart to some sessions, let what they sent settle, close them with 1012.
 
     A client that understands notices sends nothing more after it, so that it is told of everything it sent before the
@@ -139,6 +132,6 @@ def close(sessions: Iterable[Session]) -> None:
     """Close sessions for a restart; what was under way is still taken."""
     for session in sessions:
         try:
-            session.close(catalogue.CLOSE_RESTART, take_rest=True)
+            session.close_for_restart()
         except Exception as error:  # the barrier around each connection
             session.crash(error)

@@ -22,7 +22,7 @@ from gateway.errors import NoThread
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
 
-    from gateway.telemetry.metrics import Counters
+    from gateway.telemetry.metrics import Metrics
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 MAX_LINES: Final = 10_000
@@ -34,9 +34,9 @@ _SECRET_WORDS: Final = ("token", "authorization", "secret", "password")
 class LineWriter:
     """A bounded queue of lines and the daemon thread that writes them to a file descriptor."""
 
-    def __init__(self, descriptor: int, counters: Counters) -> None:
+    def __init__(self, descriptor: int, metrics: Metrics) -> None:
         self._descriptor = descriptor
-        self._counters = counters
+        self._lost = metrics.counter("gateway_log_lines_lost", "Log lines nobody read.")
         self._lines: queue.Queue[bytes | None] = queue.Queue(MAX_LINES)
         self._thread = threading.Thread(target=self._write, name="log-writer", daemon=True)
         try:
@@ -49,7 +49,7 @@ class LineWriter:
         try:
             self._lines.put_nowait(line)
         except queue.Full:
-            self._counters.log_lines_lost += 1
+            self._lost.add()
 
     debug = info = warning = error = critical = exception = msg
 
@@ -66,7 +66,7 @@ class LineWriter:
                 while data:
                     data = data[os.write(self._descriptor, data) :]
             except OSError:
-                self._counters.log_lines_lost += 1
+                self._lost.add()
 
 
 def _redact(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -82,10 +82,10 @@ def _escape(_: Any, __: str, line: Any) -> bytes:
 
 
 class Log:
-    """The process's logger: build one in `app`, pass it on. ``level`` may change while running."""
+    """The process's logger: build one a process, pass it on. ``level`` may change while running."""
 
-    def __init__(self, counters: Counters, *, level: str = "info", style: str = "json", descriptor: int = 2) -> None:
-        self._writer = LineWriter(descriptor, counters)
+    def __init__(self, metrics: Metrics, *, level: str = "info", style: str = "json", descriptor: int = 2) -> None:
+        self._writer = LineWriter(descriptor, metrics)
         self._style = style
         self.logger: structlog.typing.FilteringBoundLogger
         self.set_level(level)

@@ -1,4 +1,4 @@
-"""A real gateway process for benches and tests: configured, started, watched, stopped."""
+"""A real gateway process for benches, tests and the demo: configured, started, watched, stopped."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from typing import Any, Self
 from pydantic import SecretStr
 
 from gateway.config import AuthSettings
+from gateway.daemon.announce import read_event
 from gateway.testing.devkeys import mint_with_secret
 from gateway.testing.kafka import cpu_seconds, rss_bytes
 
@@ -41,6 +43,7 @@ class Daemon:
 
     ``kafka`` is a bootstrap address, or ``embedded``. ``settings`` are dotted settings over those a test needs: free
     ports, a secret of its own, no limit on handshakes. With ``cpus`` the process is pinned as ``taskset -c`` does.
+    ``environment`` changes this process' own for it; None takes a variable out.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Daemon:
         *,
         settings: dict[str, Any] | None = None,
         cpus: str | None = None,
-        environment: dict[str, str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
         wait_ready: bool = True,
         workers: int = 1,
     ) -> None:
@@ -68,9 +71,9 @@ class Daemon:
         self._environment = environment or {}
         self._wait_ready = wait_ready
         self._workers = workers
-        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.sidecar = ""
         self.kafka = ""
@@ -116,8 +119,6 @@ class Daemon:
         self.kill()
         if self.process is not None:
             self._reader.join()
-            if self.process.stdout is not None:
-                self.process.stdout.close()
 
     def write_config(self, settings: dict[str, Any]) -> Path:
         """Write dotted settings as the daemon's TOML file."""
@@ -138,49 +139,55 @@ class Daemon:
     def start(self) -> None:
         """Start the process, again if it has ended; wait for its addresses, and its readiness unless told not to."""
         self._release()
-        self._lines = queue.Queue()
+        self._events = queue.Queue()
+        reading, writing = os.pipe()
         command = [sys.executable, "-m", "gateway", "serve", "--config", str(self.home / "gateway.toml")]
+        command += ["--announce-fd", str(writing)]
         if self._workers > 1:
             command += ["--workers", str(self._workers)]
         if self._embedded:
             command.append("--embedded-kafka")
         if self._cpus:
             command = ["taskset", "-c", self._cpus, *command]
-        with (self.home / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, **self._environment},
-            )
-        self._reader = threading.Thread(target=self._read, args=(self.process, self._lines), daemon=True)
+        environment = {**os.environ, **self._environment}
+        try:
+            with (self.home / "log").open("ab") as log:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    env={name: value for name, value in environment.items() if value is not None},
+                    pass_fds=(writing,),
+                )
+        finally:
+            os.close(writing)
+        self._reader = threading.Thread(target=self._read, args=(reading, self._events), daemon=True)
         self._reader.start()
-        self.url = self._expect("listening on ")
-        self.sidecar = self._expect("sidecar on ")
-        self.kafka = self._expect("kafka at ").removesuffix(" (embedded)")
+        listening = self._expect("listening")
+        self.url, self.sidecar, self.kafka = listening["listen"], listening["sidecar"], listening["kafka"]
         if self._wait_ready:
             self.wait_ready()
 
     @staticmethod
-    def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
+    def _read(announced: int, events: queue.Queue[dict[str, Any] | None]) -> None:
+        with os.fdopen(announced) as lines:
+            for line in lines:
+                events.put(read_event(line))
+        events.put(None)
 
-    def _expect(self, what: str) -> str:
+    def _expect(self, what: str) -> dict[str, Any]:
+        """The next event of a kind; others before it are passed over."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
-                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+                event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise TimeoutError(f"the daemon did not say {what!r}:\n{self.log()}") from None
-            if line is None:
-                raise RuntimeError(f"the daemon ended before it said {what!r}:\n{self.log()}")
-            if what in line:
-                return line.partition(what)[2].strip()
+                raise TimeoutError(f"the daemon did not announce {what!r}:\n{self.log()}") from None
+            if event is None:
+                raise RuntimeError(f"the daemon ended before it announced {what!r}:\n{self.log()}")
+            if event["event"] == what:
+                return event
 
     def wait_ready(self) -> None:
         """Wait until the daemon says it is ready."""

@@ -1,37 +1,41 @@
-"""One WebSocket connection after its handshake: bytes in, items out, close handshake.
+"""One WebSocket connection after its handshake: bytes in, messages out to its handler, close handshake.
 
 States:
 
-* OPEN: fed by `Readiness`; items go to `_take`.
-* CLOSING: the server has sent a close frame in order (drain, idle, token expired); items that were under way
+* OPEN: fed by `Readiness`; messages go to the handler.
+* CLOSING: the server has sent a close frame in order (drain, idle, token expired); messages that were under way
   are still taken where the close allows it, until the peer's close frame or the deadline.
 * ENDED: out of the epoll for good. The connection's own task half-closes, waits for the peer's end of file so
   that the close frame is not lost to a reset, and closes the socket.
 
 Only forward transitions happen. The task that called `run` sleeps through OPEN, owns everything after it, and closes
 the socket in any case, cancellation included.
+
+What messages mean is the handler's (`Handler`); pings, closes, timeouts and failures of the protocol are handled here.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import socket
 import ssl
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import trio
 
 from gateway.core import catalogue
 from gateway.ws import frames
-from gateway.ws.frames import Decoder, Failure, PeerClose, Ping, Pong
+from gateway.ws.frames import Decoder, Failure, PeerClose, Ping
+from gateway.ws.outbox import BLOCKED, Full, Outbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gateway.core.catalogue import Close
-    from gateway.ws.frames import Item
+    from gateway.ws.frames import Event, Payload
     from gateway.ws.readiness import Readiness
 
 READ_BYTES: Final = 16_384
@@ -50,9 +54,6 @@ OPEN: Final = 0
 CLOSING: Final = 1
 ENDED: Final = 2
 
-BLOCKED: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError)
-WRITE_BLOCKED: Final = (*BLOCKED, ssl.SSLWantWriteError)
-
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
@@ -62,7 +63,7 @@ class ConnectionLimits:
     max_controls_per_s: int
     """Control frames a second, over `FLOOD_S` of reading, before the connection is closed with 1008."""
     max_unsent_bytes: int
-    """Bytes the peer has not taken yet; more ends the connection."""
+    """Bytes the peer has not taken yet."""
     unsent_timeout_s: float
     """How long bytes may wait for the peer to take them."""
     ping_interval_s: float
@@ -71,16 +72,78 @@ class ConnectionLimits:
     close_timeout_s: float
     """How long the peer may take for its part of the close, and again for its end of file."""
     max_fragments: int = frames.MAX_FRAGMENTS
+    when_full: Full = Full.END
+    """What becomes of a frame beyond ``max_unsent_bytes``."""
+
+
+class Handler(Protocol):
+    """What a connection's messages mean, and what is to be said to its peer. All methods are synchronous.
+
+    They are called in the order opened, then any number of received, tick and at most one closing, then ended. What
+    they raise ends the connection with 1011 (`crashed`), and nobody else's.
+    """
+
+    def opened(self, connection: Connection, /) -> None:
+        """The handshake is done: say the first words."""
+
+    def received(self, messages: Sequence[Payload], /) -> None:
+        """Whole messages, in order: bytes of binary ones, str of text ones."""
+
+    def tick(self, now: float, /) -> float:
+        """It is time: do what is due at ``now`` and return when to be asked again, both in Trio's seconds."""
+
+    def closing(self, close: Close | None, detail: str, /) -> None:
+        """A close frame is about to be sent: the last chance to say something.
+
+        ``close`` is None when the peer closes; ``detail`` says what the peer did wrong, if it did.
+        """
+
+    def crashed(self, error: Exception, /) -> None:
+        """Handling the connection's input, or one of these methods, has raised. The handler says so in the log."""
+
+    def ended(self, outcome: str, /) -> None:
+        """The connection is over and its socket closed; nothing is called after this.
+
+        ``outcome``: a close's name, ``peer_closed``, ``peer_lost``, ``stalled_peer`` or ``cancelled``.
+        """
+
+
+class _Gone:
+    """The handler of a connection that is over: both would wait for the garbage collector if it kept its own."""
+
+    def opened(self, _: Connection) -> None:
+        """Nothing."""
+
+    def received(self, _: Sequence[Payload]) -> None:
+        """Nothing."""
+
+    def tick(self, _: float) -> float:
+        """Nothing."""
+        return math.inf
+
+    def closing(self, _: Close | None, __: str) -> None:
+        """Nothing."""
+
+    def crashed(self, _: Exception) -> None:
+        """Nothing."""
+
+    def ended(self, _: str) -> None:
+        """Nothing."""
+
+
+_GONE: Final = _Gone()
 
 
 class Connection:
-    """A socket, its frame decoder and its close handshake. Subclasses decide what messages mean (`_take`)."""
+    """A socket, its frame decoder, its outbox and its close handshake, on behalf of a `Handler`."""
 
     __slots__ = (
         "_controls",
         "_controls_at",
         "_controls_here",
         "_decoder",
+        "_handler",
+        "_last_ping",
         "_least_read_bytes",
         "_limits",
         "_outbox",
@@ -88,11 +151,9 @@ class Connection:
         "_readiness",
         "_takes_while_closing",
         "_task",
-        "_unsent_since",
         "due",
         "fd",
         "last_heard",
-        "last_ping",
         "outcome",
         "sock",
         "state",
@@ -103,6 +164,7 @@ class Connection:
         sock: socket.socket,
         readiness: Readiness,
         limits: ConnectionLimits,
+        handler: Handler,
         *,
         accept_text: bool = False,
     ) -> None:
@@ -111,17 +173,18 @@ class Connection:
         self.fd = sock.fileno()
         self.state = OPEN
         self.outcome = "peer_lost"
-        """Why it ended: a close's name, ``peer_closed``, ``peer_lost``, ``stalled_peer`` or ``cancelled``."""
+        """Why it ended, as `Handler.ended` is told."""
         self.last_heard = now
-        self.last_ping = now
+        # Spreads the pings of clients that all came back at the same moment.
+        self._last_ping = now - random.random() * limits.ping_interval_s  # noqa: S311  # not a secret
         self.due = math.inf  # not looked after before `run` has started it
         self._readiness = readiness
         self._limits = limits
+        self._handler = handler
         self._decoder = Decoder(limits.max_message_bytes, max_fragments=limits.max_fragments, accept_text=accept_text)
         self._least_read_bytes = READ_BYTES if isinstance(sock, ssl.SSLSocket) else SMALL_READ_BYTES
         self._read_bytes = self._least_read_bytes
-        self._outbox: bytearray | None = None
-        self._unsent_since = 0.0
+        self._outbox: Outbox | None = None
         self._controls = 0.0
         self._controls_at = 0.0
         self._controls_here = 0
@@ -129,31 +192,9 @@ class Connection:
         self._task: trio.lowlevel.Task | None = None
 
     @property
-    def backlog(self) -> int:
-        """Messages read and not handed over yet; none in a connection that hands over nothing."""
-        return 0
-
-    # What a subclass provides
-
-    def _take(self, items: list[Item]) -> None:
-        """Handle what one read completed; `_event` is for everything but messages."""
-        raise NotImplementedError
-
-    def _greet(self) -> None:
-        """Say the first words of the connection; by default nothing."""
-
-    def _log_failure(self, close: Close, detail: str) -> None:
-        """Say that the peer broke the protocol; by default nothing."""
-
-    def _log_crash(self, error: Exception) -> None:
-        """Say that handling this connection's input raised."""
-        raise NotImplementedError
-
-    def _last_words(self) -> None:
-        """Say what has gathered, before any close frame is sent; by default nothing."""
-
-    def _announce(self, close: Close, reason: str) -> None:
-        """Say in the connection's own language that it is about to be closed; by default nothing."""
+    def limits(self) -> ConnectionLimits:
+        """Its bounds."""
+        return self._limits
 
     # Called by Readiness
 
@@ -174,67 +215,91 @@ class Connection:
         elif self._read_bytes != self._least_read_bytes:
             self._read_bytes = self._least_read_bytes
         self.last_heard = self._readiness.now
-        items = self._decoder.receive(data)
-        if items:
-            self._take(items)
+        self._decode(data)
+
+    def _decode(self, data: bytes) -> None:
+        """Hand over the messages that ``data`` completes, and handle everything else in its place between them."""
+        decoder = self._decoder
+        items = decoder.receive(data)
+        if not items:
+            return
+        takes = self.state == OPEN or self._takes_while_closing
+        # hot: nearly every read brings nothing but messages; one look instead of one for each of them
+        if decoder.only_messages:
+            if takes:
+                self._handler.received(cast("list[Payload]", items))
+            return
+        messages: list[Payload] = []
+        for item in items:
+            if isinstance(item, bytes | str):
+                messages.append(item)
+                continue
+            if messages and takes:
+                self._handler.received(messages)
+            messages = []
+            if self._fails(item):
+                return  # nothing behind counts (RFC 6455 7.1.7)
+        if messages and takes:
+            self._handler.received(messages)
+
+    def _fails(self, event: Event) -> bool:
+        """Handle what is no message; true when that failed the connection.
+
+        A peer that is gone before it could be answered has not: what it had sent before is taken.
+        """
+        alive = self.state != ENDED
+        self._event(event)
+        return alive and self.state == ENDED and self.outcome not in ("peer_lost", "stalled_peer")
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write what is waiting, in one send."""
         outbox = self._outbox
-        if outbox is None:
-            return
+        if outbox is None or self.state == ENDED:
+            return  # the connection's own task writes the rest
         try:
-            sent = self.sock.send(outbox)
-        except WRITE_BLOCKED:
-            return
+            outbox.send(self.sock, trio.current_time())
         except OSError:
             self._end("peer_lost")
             return
-        del outbox[:sent]
-        self._unsent_since = trio.current_time()
+        self._readiness.want_write(self, bool(outbox))
         if not outbox:
             self._outbox = None
-            self._readiness.want_write(self, False)
-
-    def resume(self) -> None:
-        """Hand over what could not be handed over before; nothing in a connection that hands over nothing."""
 
     def crash(self, error: Exception) -> None:
         """End with 1011 because of ``error``; the other connections never know. Never raises."""
         try:
-            self._log_crash(error)
+            self._handler.crashed(error)
             self.fail(catalogue.CLOSE_INTERNAL)
         except Exception:  # the barrier's own last resort
             self._end(catalogue.CLOSE_INTERNAL.name)
 
     # Sending
 
-    def send(self, opcode: int, payload: bytes) -> None:
-        """Send one frame, or as much of it as the socket takes now; the rest follows when it can.
+    def send(self, frame: bytes) -> bool:
+        """Send one encoded frame when the turn ends, or as much of it as the socket takes; the rest when it can.
 
-        A peer that has left more than ``max_unsent_bytes`` untaken loses its connection. After a close
-        frame nothing more is sent (RFC 6455 5.5.1).
+        False when it was not taken: after a close frame nothing more is sent (RFC 6455 5.5.1), and with `Full.REFUSE`
+        nothing beyond ``max_unsent_bytes``, which with `Full.END` costs the peer its connection.
         """
-        if self.state == OPEN:
-            self._write(frames.encode(opcode, payload))
+        return self.state == OPEN and self._put(frame)
 
-    def _write(self, data: bytes) -> None:
-        if self._outbox is not None:
-            self._outbox += data
-            if len(self._outbox) > self._limits.max_unsent_bytes:
-                self._end("stalled_peer")
-            return
-        try:
-            sent = self.sock.send(data)
-        except WRITE_BLOCKED:
-            sent = 0
-        except OSError:
-            self._end("peer_lost")
-            return
-        if sent < len(data):
-            self._outbox = bytearray(data[sent:])
-            self._unsent_since = trio.current_time()
-            self._readiness.want_write(self, True)
+    def _put(self, frame: bytes) -> bool:
+        outbox = self._outbox
+        if outbox is None:
+            outbox = self._outbox = Outbox(trio.current_time())
+            self._readiness.flush_soon(self)
+        elif outbox.size_bytes + len(frame) > self._limits.max_unsent_bytes:
+            self.flush()  # it may have gathered in this turn alone
+            if self.state == ENDED:
+                return False
+            if self._outbox is None:
+                return self._put(frame)
+            if outbox.size_bytes + len(frame) > self._limits.max_unsent_bytes:
+                if self._limits.when_full is Full.END:
+                    self._end("stalled_peer")
+                return False
+        outbox.put(frame)
+        return True
 
     # Ending
 
@@ -242,9 +307,8 @@ class Connection:
         """Start the close handshake; ``take_rest`` still takes what the peer sent before it answers."""
         if self.state != OPEN:
             return
-        self._last_words()
-        self._announce(close, close.reason)
-        self._write(frames.encode_close(close.code, close.reason))
+        self._handler.closing(close, "")
+        self._put_close(close.code, close.reason)
         if self.state == OPEN:  # the write may have ended it
             self.outcome = close.name
             self._takes_while_closing = take_rest
@@ -254,10 +318,12 @@ class Connection:
     def fail(self, close: Close, detail: str = "") -> None:
         """Fail the connection (RFC 6455 7.1.7): close frame, then nothing the peer sends matters."""
         if self.state == OPEN:
-            self._last_words()
-            self._announce(close, detail or close.reason)
-            self._write(frames.encode_close(close.code, detail or close.reason))
+            self._handler.closing(close, detail)
+            self._put_close(close.code, detail or close.reason)
         self._end(close.name)
+
+    def _put_close(self, code: int, reason: str = "") -> None:
+        self._put(frames.encode_close(code, reason))
 
     def _end(self, outcome: str) -> None:
         if self.state == ENDED:
@@ -268,20 +334,19 @@ class Connection:
         self._readiness.remove(self)
         self._wake()
 
-    def _event(self, item: Item) -> None:
+    def _event(self, event: Event) -> None:
         """Handle a control event."""
-        if isinstance(item, Failure):
-            self._log_failure(item.close, item.detail)
-            self.fail(item.close, item.detail)
-        elif isinstance(item, PeerClose):
+        if isinstance(event, Failure):
+            self.fail(event.close, event.detail)
+        elif isinstance(event, PeerClose):
             if self.state == OPEN:  # RFC 6455 5.5.1: answer with the code received
-                self._last_words()
-                self._write(frames.encode_close(item.code))
+                self._handler.closing(None, "")
+                self._put_close(event.code)
             self._end("peer_closed")
-        elif isinstance(item, Ping | Pong):
+        else:
             self._count_control()
-            if isinstance(item, Ping):
-                self.send(frames.PONG, item.payload)
+            if isinstance(event, Ping):
+                self.send(frames.encode(frames.PONG, event.payload))
 
     def _count_control(self) -> None:
         """A leaky bucket of `FLOOD_S` seconds' worth."""
@@ -293,16 +358,18 @@ class Connection:
         if self._controls_here <= limit:
             self._controls += 1
         if self._controls > limit * FLOOD_S:
-            self._log_failure(catalogue.CLOSE_CONTROL_FLOOD, catalogue.CLOSE_CONTROL_FLOOD.reason)
-            self.fail(catalogue.CLOSE_CONTROL_FLOOD)
+            self.fail(catalogue.CLOSE_CONTROL_FLOOD, catalogue.CLOSE_CONTROL_FLOOD.reason)
 
     # Called by Heartbeat
 
     def tick(self, now: float) -> None:
         """Do what is due at ``now`` and set ``due`` to when to come back; all in Trio's seconds."""
-        limits = self._limits
-        if self._outbox is not None and now - self._unsent_since >= limits.unsent_timeout_s:
+        limits, outbox = self._limits, self._outbox
+        if outbox is not None and now - outbox.waiting_since >= limits.unsent_timeout_s:
             self._end("stalled_peer")
+            return
+        self.due = self._handler.tick(now)
+        if self.state != OPEN:
             return
         silent_since = self.last_heard
         if self._readiness.leaves(self):  # who is not read cannot be judged silent
@@ -310,12 +377,13 @@ class Connection:
         if now - silent_since >= limits.idle_timeout_s:
             self.close(catalogue.CLOSE_IDLE)
             return
-        if now - self.last_ping >= limits.ping_interval_s:
-            self.last_ping = now
-            self.send(frames.PING, b"")
-        self.due = min(self.last_ping + limits.ping_interval_s, silent_since + limits.idle_timeout_s)
-        if self._outbox is not None:
-            self.due = min(self.due, self._unsent_since + limits.unsent_timeout_s)
+        if now - self._last_ping >= limits.ping_interval_s:
+            self._last_ping = now
+            self.send(frames.encode(frames.PING, b""))
+        due = min(self._last_ping + limits.ping_interval_s, silent_since + limits.idle_timeout_s)
+        if outbox is not None:
+            due = min(due, outbox.waiting_since + limits.unsent_timeout_s)
+        self.due = min(self.due, due)
 
     # The connection's own task
 
@@ -340,16 +408,17 @@ class Connection:
             self.state = ENDED
             self._readiness.remove(self)
             self.sock.close()
+            handler, self._handler = self._handler, _GONE
+            handler.ended(self.outcome)
 
     def _start(self, first: bytes) -> None:
         """Enter the epoll; take what came with the handshake, behind the same barrier as every feed."""
         self._readiness.add(self)
         self.due = trio.current_time()
         try:
-            self._greet()
-            items = self._decoder.receive(first) if first else None
-            if items:
-                self._take(items)
+            self._handler.opened(self)
+            if first:
+                self._decode(first)
         except Exception as error:  # the barrier around each connection
             self.crash(error)
 
@@ -368,10 +437,7 @@ class Connection:
         try:
             while self._outbox:
                 await trio.lowlevel.wait_writable(self.sock)
-                try:
-                    del self._outbox[: self.sock.send(self._outbox)]
-                except WRITE_BLOCKED:
-                    continue
+                self._outbox.send(self.sock, trio.current_time())
             await half_close_and_drain(self.sock)
         except OSError:
             return

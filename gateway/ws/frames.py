@@ -74,8 +74,12 @@ class Failure:
     detail: str
 
 
-Item = bytes | str | Ping | Pong | PeerClose | Failure
-"""What `Decoder.receive` yields: bytes for a binary message, str for a text message, or an event."""
+Payload = bytes | str
+"""A whole message: bytes of a binary one, str of a text one."""
+Event = Ping | Pong | PeerClose | Failure
+"""Everything else that a client's frames can say."""
+Item = Payload | Event
+"""What `Decoder.receive` yields."""
 
 
 class _Violation(GatewayError):  # control flow inside this module, never seen outside
@@ -125,6 +129,7 @@ class Decoder:
         "_text",
         "_utf8",
         "done",
+        "only_messages",
     )
 
     def __init__(
@@ -140,6 +145,9 @@ class Decoder:
         self._size = 0
         self._utf8: codecs.IncrementalDecoder | None = None
         self.done = False
+        """The stream has ended: no further byte counts."""
+        self.only_messages = True
+        """What `receive` returned last is messages, without an event between them."""
 
     def receive(self, data: bytes) -> list[Item]:
         """Take the next bytes of the stream; return what they complete.
@@ -154,6 +162,7 @@ class Decoder:
             self._pending = None
         if self.done:
             return []
+        self.only_messages = True
         items: list[Item] = []
         pos = 0
         end = len(data)
@@ -182,6 +191,7 @@ class Decoder:
                     break
         except _Violation as violation:
             self.done = True
+            self.only_messages = False
             self._parts = self._utf8 = None
             items.append(violation.failure)
         return items
@@ -241,6 +251,8 @@ class Decoder:
     def _frame(self, head: int, payload: bytes, items: list[Item]) -> None:
         """Take one checked frame."""
         opcode = head & 0x0F
+        if opcode & 0x08:
+            self.only_messages = False
         if opcode == PING:
             items.append(Ping(payload))
         elif opcode == PONG:

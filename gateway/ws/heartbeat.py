@@ -1,40 +1,50 @@
-"""One task that looks after all sessions, instead of timers in each of them.
+"""One task that looks after all connections, instead of timers in each of them.
 
-Every ``notices_s`` it sends the notices that have gathered; once a second it visits the sessions whose ``due`` has
-come: pings, silence, bytes nobody takes, expired tokens.
+Every ``notices_s`` it lets those speak who have something to say that could wait; once a second it visits the
+connections whose ``due`` has come: pings, silence, bytes nobody takes, expired tokens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from gateway.router.session import Session
+    from gateway.ws.roster import Member
 
 SWEEP_S: Final = 1.0
-"""Between sweeps: the precision of every timeout of an open connection. A sweep over 20,000 sessions that are not
-due takes about a millisecond."""
+"""Between sweeps: the precision of every timeout of an open connection. A sweep over 20,000 connections that are not
+due takes about two milliseconds."""
+
+
+class Speaker(Protocol):
+    """Somebody who has something to say that could wait."""
+
+    def send_notices(self) -> None:
+        """Say it."""
+
+    def crash(self, error: Exception) -> None:
+        """End the connection because `send_notices` raised."""
 
 
 class Heartbeat:
-    """The shared task of all sessions (`run`). ``notices_s`` is how long a notice may wait."""
+    """The shared task of all connections (`run`). ``notices_s`` is how long a notice may wait."""
 
-    def __init__(self, sessions: Iterable[Session], *, notices_s: float, after_sweep: Callable[[], None]) -> None:
-        self._sessions = sessions
+    def __init__(self, members: Iterable[Member], *, notices_s: float, after_sweep: Callable[[], None]) -> None:
+        self._members = members
         self._notices_s = notices_s
         self._after_sweep = after_sweep
-        self._waiting: set[Session] = set()
+        self._waiting: set[Speaker] = set()
 
-    def notify(self, session: Session) -> None:
-        """``session`` has notices to send at the next turn."""
-        self._waiting.add(session)
+    def notify(self, speaker: Speaker) -> None:
+        """``speaker`` has something to say at the next turn."""
+        self._waiting.add(speaker)
 
     async def run(self) -> None:
-        """Look after the sessions until cancelled."""
+        """Look after the connections until cancelled."""
         next_sweep = trio.current_time() + SWEEP_S
         next_notices = trio.current_time() + self._notices_s
         while True:
@@ -48,20 +58,21 @@ class Heartbeat:
                 self.sweep(now)
 
     def send_notices(self) -> None:
-        """Send what has gathered; a session that raises ends alone."""
+        """Let everybody speak who is waiting to; one that raises ends alone."""
         waiting, self._waiting = self._waiting, set()
-        for session in waiting:
+        for speaker in waiting:
             try:
-                session.send_notices()
+                speaker.send_notices()
             except Exception as error:  # the barrier around each connection
-                session.crash(error)
+                speaker.crash(error)
 
     def sweep(self, now: float) -> None:
-        """Visit the sessions that are due; one that raises ends alone."""
-        for session in self._sessions:
-            if session.due <= now:
+        """Visit the connections that are due; one that raises ends alone."""
+        for member in self._members:
+            connection = member.connection
+            if connection is not None and connection.due <= now:
                 try:
-                    session.tick(now)
+                    connection.tick(now)
                 except Exception as error:  # the barrier around each connection
-                    session.crash(error)
+                    connection.crash(error)
         self._after_sweep()

@@ -9,27 +9,26 @@ import errno
 import socket
 import ssl
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Literal
 
 import trio
 
 from gateway.core import catalogue
 from gateway.core.admission import network
 from gateway.errors import Disconnected, Refused, TlsFailed
-from gateway.ws.connection import BLOCKED, Connection, half_close_and_drain
-from gateway.ws.upgrade import (
-    acceptance,
-    read_request,
-    refusal_answer,
-    write_all,
-)
+from gateway.ws import tls
+from gateway.ws.connection import Connection, half_close_and_drain
+from gateway.ws.outbox import BLOCKED
+from gateway.ws.upgrade import acceptance, read_request, refusal_answer, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gateway.telemetry.logging import RateLimited
-    from gateway.telemetry.metrics import Counters
-    from gateway.ws.upgrade import Admitted, Handshake
+    from gateway.telemetry.metrics import Metrics
+    from gateway.ws.connection import Handler
+    from gateway.ws.readiness import Readiness
+    from gateway.ws.upgrade import Accepted, Upgrade
 
 ACCEPTS_PER_TURN: Final = 64
 """Connections accepted before other tasks run."""
@@ -48,48 +47,43 @@ LAST_ACCEPTS: Final = 65_536
 _EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-C = TypeVar("C", bound=Connection)
+HANDSHAKE_OUTCOMES: Final = (
+    "accepted",
+    "disconnected",
+    "tls_failed",
+    "overflow",
+    "error",
+    *catalogue.refusal_codes(),
+)
+"""Label values: what a handshake can come to."""
 
 
-class Entry(Protocol[C]):
-    """Who makes the connection of an accepted handshake, and takes note of its end."""
-
-    def enter(self, sock: socket.socket, admitted: Admitted, /) -> C:
-        """Make the connection; may raise Refused."""
-
-    def leave(self, connection: C, /) -> None:
-        """The connection that `enter` made has ended."""
-
-
-class Listener(Generic[C]):
-    """The accept loops of the listening sockets (`run`) and the life of each connection.
-
-    ``tls`` may be replaced while running: the next connections get the new context.
-    """
+class Listener:
+    """The accept loops of the listening sockets (`run`) and the life of each connection."""
 
     def __init__(
         self,
         sockets: Sequence[socket.socket],
         *,
-        handshake: Handshake,
-        entry: Entry[C],
-        tls: ssl.SSLContext | None,
+        upgrade: Upgrade,
+        readiness: Readiness,
+        tls_context: ssl.SSLContext | None,
         handshake_timeout_s: float,
         max_connections: int,
         max_pending_per_address: int,
-        counters: Counters,
+        metrics: Metrics,
         log_refused: RateLimited,
         log_crash: RateLimited,
     ) -> None:
         """``max_pending_per_address`` bounds an address's handshakes under way; 0 does not."""
         self._sockets = list(sockets)
         self._port: int = self._sockets[0].getsockname()[1]
-        self._handshake = handshake
-        self._entry = entry
-        self.tls = tls
+        self._upgrade = upgrade
+        self._readiness = readiness
+        self._tls = tls_context
         self._timeout_s = handshake_timeout_s
         self._max_open = max_connections + OVERFLOW
-        self._counters = counters
+        self._handshakes = metrics.labelled("gateway_handshakes", "Handshakes.", "outcome", HANDSHAKE_OUTCOMES)
         self._log_refused = log_refused
         self._log_crash = log_crash
         self._open = 0
@@ -102,6 +96,10 @@ class Listener(Generic[C]):
     def port(self) -> int:
         """The port that is listened on."""
         return self._port
+
+    def use_tls(self, context: ssl.SSLContext | None) -> None:
+        """Secure the next connections with another context."""
+        self._tls = context
 
     def close(self, nursery: trio.Nursery) -> None:
         """Stop accepting; what waits in the backlog is accepted first and becomes tasks of ``nursery``.
@@ -172,7 +170,7 @@ class Listener(Generic[C]):
     def _receive(self, sock: socket.socket, address: str, nursery: trio.Nursery, max_pending: int) -> None:
         """Judge a connection by its address alone, before any cryptography, and give it a task."""
         if self._open >= self._max_open:
-            self._counters.handshakes["overflow"] += 1
+            self._handshakes.add("overflow")
             self._log_refused("connection closed unheard", address=address, open=self._open, limit=self._max_open)
             sock.close()
             return
@@ -181,7 +179,7 @@ class Listener(Generic[C]):
         try:
             if max_pending and pending >= max_pending:
                 raise Refused(catalogue.TOO_MANY_ATTEMPTS, f"{pending} handshakes of this address are under way")
-            self._handshake.admission.knock(host, trio.current_time())
+            self._upgrade.admission.knock(host, trio.current_time())
         except Refused as refused:
             self._turn_away(sock, address, refused, nursery)
             return
@@ -192,12 +190,12 @@ class Listener(Generic[C]):
     def _turn_away(self, sock: socket.socket, address: str, refused: Refused, nursery: trio.Nursery) -> None:
         """Answer without reading; under TLS nothing can be said before a handshake, so the connection just ends."""
         self._count_refusal(refused, address)
-        if self.tls is None and self._turned_away < MAX_TURNED_AWAY:
+        if self._tls is None and self._turned_away < MAX_TURNED_AWAY:
             self._turned_away += 1
             nursery.start_soon(self._see_out, sock, refused)
             return
         with suppress(OSError):
-            if self.tls is None:
+            if self._tls is None:
                 sock.send(refusal_answer(refused.refusal, refused.retry_after_s))
         sock.close()
 
@@ -226,11 +224,11 @@ class Listener(Generic[C]):
         try:
             try:
                 try:
-                    if self.tls is not None:
-                        sock = self._wrap(sock, self.tls)
+                    if self._tls is not None:
+                        sock = tls.wrap(sock, self._tls)
                     entered = await self._enter(sock, address)
                 except OSError:  # wrapping a socket whose peer has gone already
-                    self._counters.handshakes["tls_failed"] += 1
+                    self._handshakes.add("tls_failed")
                     return
                 finally:
                     self._settled(network(address))
@@ -238,39 +236,36 @@ class Listener(Generic[C]):
                     return
                 connection, first = entered
                 del entered
-                try:
-                    await connection.run(first)
-                finally:
-                    self._entry.leave(connection)
+                await connection.run(first)
             finally:
                 self._open -= 1
                 sock.close()
         except Exception as error:  # the barrier around each connection
-            self._counters.handshakes["error"] += 1
+            self._handshakes.add("error")
             self._log_crash("connection failed", address=address, exc_info=error)
 
-    @staticmethod
-    def _wrap(sock: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
-        return tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+    def _connect(self, sock: socket.socket, accepted: Accepted, handler: Handler) -> Connection:
+        endpoint = accepted.endpoint
+        return Connection(sock, self._readiness, endpoint.limits, handler, accept_text=endpoint.text)
 
-    async def _enter(self, sock: socket.socket, address: str) -> tuple[C, bytes] | None:
+    async def _enter(self, sock: socket.socket, address: str) -> tuple[Connection, bytes] | None:
         """Do the handshake under its one deadline; None when the connection is over."""
-        counters = self._counters
         buffer = bytearray()
         secured = not isinstance(sock, ssl.SSLSocket)
-        connection: C | None = None
+        connection: Connection | None = None
         try:
             with trio.move_on_after(self._timeout_s) as deadline:
                 if isinstance(sock, ssl.SSLSocket):
-                    await _tls_handshake(sock)
+                    await tls.handshake(sock)
                     secured = True
                 request = await read_request(sock, buffer)
-                admitted = self._handshake.decide(request)
-                connection = self._entry.enter(sock, admitted)
+                accepted = self._upgrade.decide(request)
+                handler = accepted.endpoint.open(accepted.granted)
                 try:
-                    await write_all(sock, acceptance(admitted))
+                    connection = self._connect(sock, accepted, handler)
+                    await write_all(sock, acceptance(accepted))
                 except BaseException:
-                    self._entry.leave(connection)
+                    handler.ended("peer_lost")
                     raise
             if deadline.cancelled_caught:
                 if not secured:
@@ -281,23 +276,23 @@ class Listener(Generic[C]):
             await _answer(sock, refused)
             return None
         except TlsFailed as failure:
-            counters.handshakes["tls_failed"] += 1
+            self._handshakes.add("tls_failed")
             if failure.said:
                 self._log_refused("TLS handshake failed", address=address, error=failure.reason)
             return None
         except (OSError, Disconnected) as error:
-            counters.handshakes["disconnected"] += 1
+            self._handshakes.add("disconnected")
             if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
                 # TLS 1.3: what the client has against the certificate may come behind the handshake
-                self._log_refused("TLS handshake failed", address=address, error=_reason(error))
+                self._log_refused("TLS handshake failed", address=address, error=tls.reason(error))
             return None
         assert connection is not None  # noqa: S101  # every other way out returned
-        counters.handshakes["accepted"] += 1
+        self._handshakes.add("accepted")
         return connection, bytes(buffer)
 
     def _count_refusal(self, refused: Refused, address: str) -> None:
         refusal = refused.refusal
-        self._counters.handshakes[refusal.code] += 1
+        self._handshakes.add(refusal.code)
         self._log_refused(
             "handshake refused",
             address=address,
@@ -315,26 +310,3 @@ async def _answer(sock: socket.socket, refused: Refused) -> None:
             await half_close_and_drain(sock)
         except OSError:
             return
-
-
-def _reason(error: OSError) -> str:
-    return getattr(error, "reason", None) or error.strerror or type(error).__name__
-
-
-async def _tls_handshake(sock: ssl.SSLSocket) -> None:
-    """Handshake without blocking. Raises TlsFailed; the caller's deadline bounds it."""
-    said = False
-    try:
-        await trio.lowlevel.wait_readable(sock.fileno())
-        said = bool(socket.socket.recv(sock, 1, socket.MSG_PEEK))  # the client speaks first
-        while True:
-            try:
-                sock.do_handshake()
-            except ssl.SSLWantReadError:
-                await trio.lowlevel.wait_readable(sock.fileno())
-            except ssl.SSLWantWriteError:
-                await trio.lowlevel.wait_writable(sock.fileno())
-            else:
-                return
-    except OSError as error:
-        raise TlsFailed(_reason(error), said=said) from None

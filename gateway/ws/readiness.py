@@ -5,9 +5,9 @@ wake of Trio so serves many sockets, and no task is scheduled for a message.
 
 States: handing over, or paused (`pause`, when the producer has no room). While paused connections are still read, so
 that a ping behind data is answered and an end is seen, but their messages wait in each connection's backlog; who has
-filled its share of ``max_held_bytes`` is not read any more, and TCP pushes back to that client. A connection that has
-something left to hand over waits in ``_stalled``, even when it has ended by then; after a pause these go first, a slice
-at a time.
+filled its share of ``max_held_bytes`` is not read any more, and TCP pushes back to that client. The handler of a
+connection that has something left to hand over waits in ``_stalled``, even when the connection has ended by then; after
+a pause these go first, a slice at a time.
 
 Invariant: an exception out of one connection's `feed` reaches that connection's `crash` and nobody else.
 """
@@ -53,21 +53,28 @@ class Feedable(Protocol):
 
     fd: int
 
-    @property
-    def backlog(self) -> int:
-        """Messages read and not handed over yet."""
-
     def feed(self) -> None:
         """Read what has arrived and handle it."""
 
     def flush(self) -> None:
         """Write what is waiting to be written."""
 
+    def crash(self, error: Exception) -> None:
+        """End the connection because one of the above raised."""
+
+
+class Stalled(Protocol):
+    """Who has something left to hand over: a connection's handler, or what is left of it."""
+
+    @property
+    def backlog(self) -> int:
+        """Messages read and not handed over yet."""
+
     def resume(self) -> None:
         """Hand over some of what was read and not yet handed over; `Readiness.stall` or `defer` when more is left."""
 
     def crash(self, error: Exception) -> None:
-        """End the connection because one of the above raised."""
+        """End the connection because `resume` raised."""
 
 
 class Readiness:
@@ -80,7 +87,9 @@ class Readiness:
         self._connections: dict[int, Feedable] = {}
         self._unread: set[int] = set()  # descriptors that are not read: their connection holds its share
         self._writing: set[int] = set()  # descriptors that wait to write
-        self._stalled: OrderedDict[Feedable, None] = OrderedDict()
+        self._stalled: OrderedDict[Stalled, None] = OrderedDict()
+        self._unflushed: list[Feedable] = []  # they have put something into their outbox
+        self._turning = False
         self._left: list[tuple[int, int]] = []  # of a turn that took too long: they go first in the next
         self._max_held_bytes = max_held_bytes
         self.held_bytes = 0
@@ -92,8 +101,11 @@ class Readiness:
         self.paused_at = 0.0
         """When handing over last paused."""
         self.turns = 0
-        self.timing: Callable[[float], None] | None = None
-        """Told how long one `feed` took, in turns that are sampled."""
+        self._timing: Callable[[float], None] | None = None
+
+    def time_turns(self, timing: Callable[[float], None]) -> None:
+        """Tell ``timing`` how many seconds one `feed` took, in turns that are sampled."""
+        self._timing = timing
 
     @property
     def stalled(self) -> int:
@@ -135,7 +147,7 @@ class Readiness:
 
     def _want(self, connection: Feedable, descriptors: set[int], listed: bool) -> None:
         fd = connection.fd
-        if self._connections.get(fd) is connection:
+        if self._connections.get(fd) is connection and listed != (fd in descriptors):
             (descriptors.add if listed else descriptors.discard)(fd)
             reading = 0 if fd in self._unread else select.EPOLLIN
             self._epoll.modify(fd, reading | (select.EPOLLOUT if fd in self._writing else 0))
@@ -145,19 +157,30 @@ class Readiness:
         share = min(MAX_SHARE_BYTES, self._max_held_bytes // max(1, len(self._connections)))
         return self.held_bytes < self._max_held_bytes and held_bytes < max(MIN_SHARE_BYTES, share)
 
-    def stall(self, connection: Feedable) -> None:
-        """Pause everybody; ``connection`` has something left to hand over."""
-        self.pause()
-        self.defer(connection)
+    def note_held(self, change: int) -> None:
+        """The backlogs hold ``change`` bytes more, or less."""
+        self.held_bytes += change
 
-    def defer(self, connection: Feedable) -> None:
-        """``connection`` has something left to hand over, and room for it: its turn comes again."""
-        self._stalled[connection] = None
-        self._ring()
+    def stall(self, stalled: Stalled) -> None:
+        """Pause everybody; ``stalled`` has something left to hand over."""
+        self.pause()
+        self.defer(stalled)
+
+    def defer(self, stalled: Stalled) -> None:
+        """``stalled`` has something left to hand over, and room for it: its turn comes again."""
+        self._stalled[stalled] = None
+        if not self.paused:
+            self._ring()
+
+    def flush_soon(self, connection: Feedable) -> None:
+        """Let ``connection`` write at the end of this turn, or now where there is no turn: all it has in one send."""
+        self._unflushed.append(connection)
+        if not self._turning:
+            self._ring()
 
     def _ring(self) -> None:
-        """Let `run` go on with what is stalled."""
-        if not self.paused and not self._epoll.closed:
+        """Let `run` go on with what is stalled, or not written yet."""
+        if not self._epoll.closed:
             os.eventfd_write(self._bell, 1)
 
     def pause(self) -> None:
@@ -170,7 +193,7 @@ class Readiness:
         """Hand over again. Stalled connections go first; if one finds no room, everybody pauses again."""
         self.paused = False
         self._catch_up()
-        if self._stalled:
+        if self._stalled and not self.paused:
             self._ring()
 
     def _catch_up(self) -> None:
@@ -191,6 +214,7 @@ class Readiness:
             while True:
                 if self._stalled and not self.paused:
                     self._catch_up()
+                self._flush()
                 events, self._left = self._left or self._epoll.poll(0, SOCKETS_PER_TURN), []
                 if not events:
                     if self._stalled and not self.paused:
@@ -199,6 +223,7 @@ class Readiness:
                         await trio.lowlevel.wait_readable(self._epoll.fileno())
                     continue
                 self._turn(events)
+                self._flush()
                 # hot: gathering reads under load; bench/ingest.py
                 behind = self._left or len(events) == SOCKETS_PER_TURN
                 if len(events) >= BUSY_SOCKETS and not behind:
@@ -206,15 +231,31 @@ class Readiness:
                 else:
                     await trio.lowlevel.checkpoint()
         finally:
-            self._connections.clear()  # their tasks may end after this one, and call `remove`
+            self.close()
+
+    def close(self) -> None:
+        """Give the epoll back. Connections may end after that, and call `remove`; harmless when repeated."""
+        if not self._epoll.closed:
+            self._connections.clear()
             self._epoll.close()
             os.close(self._bell)
 
+    def _flush(self) -> None:
+        """Let everybody write who has put something into its outbox since the last time."""
+        while self._unflushed:
+            unflushed, self._unflushed = self._unflushed, []
+            for connection in unflushed:
+                try:
+                    connection.flush()
+                except Exception as error:  # the barrier around each connection
+                    connection.crash(error)
+
     def _turn(self, events: list[tuple[int, int]]) -> None:
         self.now = trio.current_time()
+        self._turning = True
         self.turns += 1
         connections = self._connections
-        timing = self.timing if not self.turns & SAMPLE_MASK else None
+        timing = self._timing if not self.turns & SAMPLE_MASK else None
         now = perf_counter()
         until = now + TURN_S
         done = 0
@@ -238,3 +279,4 @@ class Readiness:
             if now > until:
                 self._left = events[done:]
                 break
+        self._turning = False

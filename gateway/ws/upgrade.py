@@ -1,8 +1,9 @@
 """The opening handshake: read the request, decide, answer (RFC 6455 4.2).
 
-`Handshake.decide` is the whole decision, without I/O: a `Request` in, an `Admitted` out, or Refused. The order of its
-checks is the order of the answers a client gets: HTTP, path, upgrade, Origin, admission, account, token. The rate of an
-address has been asked before, when its connection was accepted (`gateway.ws.listener`).
+`Upgrade.decide` is the whole decision, without I/O: a `Request` in, an `Accepted` out, or Refused. The order of its
+checks is the order of the answers a client gets: HTTP, path, upgrade, Origin, admission, and then what the endpoint
+asks for: account, token. The rate of an address has been asked before, when its connection was accepted
+(`gateway.ws.listener`).
 """
 
 from __future__ import annotations
@@ -12,95 +13,90 @@ import binascii
 import hashlib
 import json
 import re
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl
 
 import trio
 
-from gateway.core import catalogue, notices
-from gateway.errors import Disconnected, InvalidToken, Refused
+from gateway.core import catalogue
+from gateway.errors import Disconnected, Refused
 from gateway.ws import request as http
-from gateway.ws.connection import BLOCKED, READ_BYTES, WRITE_BLOCKED
+from gateway.ws.connection import READ_BYTES
+from gateway.ws.endpoints import Asked
+from gateway.ws.outbox import BLOCKED, WRITE_BLOCKED
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Mapping
 
     from gateway.core.admission import Admission
     from gateway.core.catalogue import Refusal
-    from gateway.core.credentials import TokenRules
-    from gateway.core.origins import OriginRules
-    from gateway.core.principal import Principal
+    from gateway.ws.endpoints import Endpoint, Endpoints, Granted
     from gateway.ws.request import Request
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
-_ACCOUNT = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+BEARER: Final = "bearer"
+"""The subprotocol behind which a client that can set no header gives its token."""
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
-    """An accepted handshake. ``account`` is the MT5 account, the user_id when none was named."""
+class Accepted:
+    """An accepted handshake: Sec-WebSocket-Accept, where it leads, and what that endpoint granted."""
 
-    principal: Principal
-    account: str
-    path: str
-    subprotocol: str | None
     accept: str
+    endpoint: Endpoint
+    granted: Granted
 
 
-@dataclass(slots=True)
-class Handshake:
-    """The rules of the opening handshake; ``rules`` may be replaced while running (reload)."""
+@dataclass(frozen=True, slots=True)
+class Upgrade:
+    """The rules of the opening handshake that are the same for every endpoint."""
 
-    path: str
-    origins: OriginRules
-    allow_query_token: bool
-    rules: TokenRules
+    endpoints: Endpoints
     admission: Admission
 
-    def decide(self, request: Request) -> Admitted:
-        """Accept or raise Refused. Reads the clock, touches no socket."""
-        if (request.path.rstrip("/") or "/") != self.path:
-            raise Refused(catalogue.NOT_FOUND)
+    def decide(self, request: Request) -> Accepted:
+        """Accept or raise Refused. Touches no socket."""
+        endpoint, parameters = self.endpoints.find(request.path)
         key = _check_upgrade(request)
-        self._check_origin(request)
+        _check_origin(request, endpoint)
         self.admission.check()
-        query = _query(request.query)
-        account = _account(query)
-        token, subprotocol = self._token(request, query)
-        try:
-            principal = self.rules.authenticate(token, time.time())
-        except InvalidToken as error:
-            raise Refused(catalogue.INVALID_TOKEN, error.reason) from None
-        return Admitted(principal, account or principal.user_id, request.path, subprotocol, accept_key(key))
+        asked = Asked(request, parameters, _query(request.query), request.tokens("sec-websocket-protocol"))
+        return Accepted(accept_key(key), endpoint, endpoint.authorise(asked))
 
-    def _check_origin(self, request: Request) -> None:
-        """Refuse a browser page of somebody else's (RFC 6455 10.2): absent and same-host Origins pass."""
-        origin = request.one("origin")
-        if origin is not None and not self.origins.admit(origin, request.host, request.port):
-            host = request.headers["host"][0].partition("/")[0]
-            raise Refused(catalogue.ORIGIN_NOT_ALLOWED, f"Origin {_without_path(origin)!r}, Host {host!r}")
 
-    def _token(self, request: Request, query: dict[str, list[str]]) -> tuple[str, str | None]:
-        """The token and the subprotocol to answer with, from the first place that has one."""
-        offered = request.tokens("sec-websocket-protocol")
-        chosen = next((name for name in offered if name in notices.CONTROL_SUBPROTOCOLS), None)
-        authorization = request.headers.get("authorization")
-        if authorization is not None:
-            scheme, _, token = authorization[0].partition(" ")
-            if len(authorization) > 1 or scheme.lower() != "bearer":
-                raise Refused(catalogue.INVALID_TOKEN, "bad_authorization")
-            if chosen is None and notices.BEARER in offered:
-                chosen = notices.BEARER
-            return token.strip(" "), chosen
-        if notices.BEARER in offered[:-1]:
-            token = offered[offered.index(notices.BEARER) + 1]
-            return token, chosen or notices.BEARER
-        in_query = query.get("access_token", [])
-        if self.allow_query_token and len(in_query) == 1:
-            return in_query[0], chosen
-        raise Refused(catalogue.INVALID_TOKEN, "no_token")
+def _check_origin(request: Request, endpoint: Endpoint) -> None:
+    """Refuse a browser page of somebody else's (RFC 6455 10.2): absent and same-host Origins pass."""
+    origin = request.one("origin")
+    if origin is not None and not endpoint.origins.admit(origin, request.host, request.port):
+        host = request.headers["host"][0].partition("/")[0]
+        raise Refused(catalogue.ORIGIN_NOT_ALLOWED, f"Origin {_without_path(origin)!r}, Host {host!r}")
+
+
+def bearer_token(asked: Asked, subprotocols: tuple[str, ...], *, in_query: bool) -> tuple[str, str | None]:
+    """The token, and the subprotocol to answer with, from the first place that has one. Raises Refused.
+
+    The places are Authorization (RFC 6750 2.1), the subprotocol behind `BEARER`, and with ``in_query`` the parameter
+    ``access_token``.
+    """
+    offered = asked.offered
+    chosen = next((name for name in offered if name in subprotocols), None)
+    authorization = asked.request.headers.get("authorization")
+    if authorization is not None:
+        scheme, _, token = authorization[0].partition(" ")
+        if len(authorization) > 1 or scheme.lower() != "bearer":
+            raise Refused(catalogue.INVALID_TOKEN, "bad_authorization")
+        if chosen is None and BEARER in offered:
+            chosen = BEARER
+        return token.strip(" "), chosen
+    if BEARER in offered[:-1]:
+        token = offered[offered.index(BEARER) + 1]
+        return token, chosen or BEARER
+    given = asked.query.get("access_token", [])
+    if in_query and len(given) == 1:
+        return given[0], chosen
+    raise Refused(catalogue.INVALID_TOKEN, "no_token")
 
 
 def _without_path(origin: str) -> str:
@@ -133,7 +129,7 @@ def _check_upgrade(request: Request) -> str:
     return keys[0]
 
 
-def _query(query: str) -> dict[str, list[str]]:
+def _query(query: str) -> Mapping[str, list[str]]:
     values: dict[str, list[str]] = {}
     try:
         for name, value in parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=32):
@@ -141,15 +137,6 @@ def _query(query: str) -> dict[str, list[str]]:
     except ValueError:
         raise Refused(catalogue.BAD_REQUEST, "malformed query") from None
     return values
-
-
-def _account(query: dict[str, list[str]]) -> str | None:
-    accounts = query.get("account")
-    if accounts is None:
-        return None
-    if len(accounts) != 1 or not _ACCOUNT.match(accounts[0]):
-        raise Refused(catalogue.BAD_ACCOUNT)
-    return accounts[0]
 
 
 async def read_request(sock: socket.socket, buffer: bytearray) -> Request:
@@ -191,12 +178,13 @@ async def write_all(sock: socket.socket, data: bytes) -> None:
             await trio.lowlevel.wait_writable(sock.fileno())
 
 
-def acceptance(admitted: Admitted) -> bytes:
+def acceptance(accepted: Accepted) -> bytes:
     """The 101 answer (RFC 6455 4.2.2). MT5 clients compare the header's name with its case."""
-    protocol = f"Sec-WebSocket-Protocol: {admitted.subprotocol}\r\n" if admitted.subprotocol else ""
+    subprotocol = accepted.granted.subprotocol
+    protocol = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol else ""
     return (
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Accept: {admitted.accept}\r\n{protocol}\r\n"
+        f"Sec-WebSocket-Accept: {accepted.accept}\r\n{protocol}\r\n"
     ).encode()
 
 

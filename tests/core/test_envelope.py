@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core import catalogue
-from gateway.core.envelope import foreign, head, identity_stamp, parse, repeats, tracing_stamp
+from gateway.core.envelope import head, identity_stamp, parse, repeats, tracing_stamp
 from gateway.core.principal import Principal
+from gateway.core.verdict import foreign
 from gateway.errors import NotAnEnvelope
 from gateway.v1.envelope_pb2 import MessageEnvelope
 

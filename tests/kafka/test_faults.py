@@ -11,8 +11,9 @@ from confluent_kafka import KafkaError
 from gateway.kafka import producer as module
 from gateway.kafka.faults import Fault, fault_of, may_be_written, refuses_record
 from gateway.telemetry.logging import Log
-from gateway.telemetry.metrics import Counters
-from tests.router.test_delivery import Make, Sender, make_side  # noqa: F401  # a fixture
+from gateway.telemetry.metrics import Metrics
+from tests.router.stand_ins import Sender
+from tests.router.test_delivery import Make, make_side  # noqa: F401  # a fixture
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ async def test_purge_of_many_records_is_handled_in_parts(
 
     monkeypatch.setattr(side.producer, "poll", counted_poll)
     with trio.fail_after(30):
-        await side.delivery.give_up()
+        await side.delivery.abandon()
     assert sum(handled) == 1000
     assert max(handled) <= 100
     totals = side.books.totals()
@@ -85,7 +86,7 @@ async def test_report_that_comes_after_a_drain_has_given_up_is_put_aside_at_once
     sender = Sender()
     side.send(b"late", index=1, sender=sender)
     side.send(b"stamped", b"\x12\x00", index=2, sender=sender)
-    await side.delivery.give_up()
+    await side.delivery.abandon()
     assert side.books.totals().in_flight == 2
     real()
     with trio.fail_after(30):
@@ -100,9 +101,9 @@ async def test_handler_of_a_report_that_raises_ends_nothing(
     make_side: Make,  # noqa: F811  # the fixture
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    counters = Counters()
-    log = Log(counters, level="error")
-    producer = module.KafkaProducer("127.0.0.1:1", {}, counters, log)
+    metrics = Metrics()
+    log = Log(metrics, level="error")
+    producer = module.KafkaProducer("127.0.0.1:1", {}, metrics, log)
 
     def raises(_: Any, __: Any) -> None:
         raise ZeroDivisionError("a bug")

@@ -16,66 +16,64 @@ from confluent_kafka import KafkaError, KafkaException
 
 from gateway.core import catalogue
 from gateway.core.books import Books
-from gateway.core.ports import QueueFull
-from gateway.core.principal import Principal
 from gateway.core.routes import Routes
 from gateway.errors import StartupError
-from gateway.kafka.producer import KafkaProducer
-from gateway.router.delivery import Delivery
+from gateway.kafka.producer import PRODUCE_ERRORS, KafkaProducer
+from gateway.router.delivery import Delivery, Room
 from gateway.router.lanes import Lane
+from gateway.router.spool.replay import Replay
 from gateway.router.spool.segments import Spool, list_segments
-from gateway.router.spool.writer import Replay
 from gateway.telemetry.logging import Log, RateLimited
-from gateway.telemetry.metrics import Counters
+from gateway.telemetry.metrics import Metrics
 from gateway.testing.daemon import Daemon
 from gateway.testing.kafka import create_topics
 from gateway.testing.records import Records, headers_of
 from tests.conftest import Broker
+from tests.counted import counted
+from tests.router.stand_ins import Recorder, Sender
 from tests.router.test_spool import RECORD as SPOOLED
 
 
-class Sender:
-    connection_id = "c-9"
-    principal = Principal("alice", "acme", "pro", 0.0)
-    path = "/ws/mt5"
+class QueueFull(Exception):
+    """A message was not taken: everybody has to wait."""
 
-    def __init__(self) -> None:
-        self.settled: list[int] = []
-        self.rejected: list[tuple[str, int]] = []
-        self.lanes: dict[str, Lane] = {}
-        self.waiting_alone = False
-        self.backlog = 0
 
-    def wait_alone(self) -> None:
-        self.waiting_alone = True
+class Parked(QueueFull):
+    """A message was not taken: its sender has to wait."""
 
-    def go_on(self) -> None:
-        self.waiting_alone = False
 
-    def settle(self, index: int, /) -> None:
-        self.settled.append(index)
-
-    def note_rejected(self, reason: str, index: int, /) -> None:
-        self.rejected.append((reason, index))
+def taken(room: Room) -> None:
+    """Raise unless a message was taken."""
+    if room is not Room.TAKEN:
+        raise (Parked if room is Room.ALONE else QueueFull)
 
 
 class Side:
     """The Kafka side on its own."""
 
-    def __init__(self, bootstrap: str, log: Log, counters: Counters, routes: Routes, **properties: Any) -> None:
-        self.counters = counters
+    def __init__(self, bootstrap: str, log: Log, metrics: Metrics, routes: Routes, **properties: Any) -> None:
+        self.metrics = metrics
         self.log = log
         self.lines: list[tuple[str, dict[str, Any]]] = []
         self.books = Books()
-        self.producer = KafkaProducer(bootstrap, properties, counters, log)
+        self.holds = Recorder()
+        self.producer = KafkaProducer(bootstrap, properties, metrics, log, self.holds)
         self.delivery = Delivery(
             self.producer,
             routes,
             self.books,
-            counters,
+            metrics,
             gateway="test/0",
-            log_refused=RateLimited(lambda event, **fields: self.lines.append((event, fields)), trio.current_time),
+            log_failed=RateLimited(lambda event, **fields: self.lines.append((event, fields)), trio.current_time),
+            holds=self.holds,
         )
+
+    def lane(self, sender: Sender, message_type: str = "tick_data", *, acked: bool = True) -> Lane:
+        """The sender's lane to the topic of a type."""
+        topic = self.delivery.routes.topics[message_type]
+        if topic not in sender.lanes:
+            sender.lanes[topic] = self.delivery.open_lane(sender, topic, message_type, acked=acked)
+        return sender.lanes[topic]
 
     def send(
         self,
@@ -85,13 +83,25 @@ class Side:
         index: int = 0,
         sender: Sender | None = None,
     ) -> None:
+        """Hand over one message as a session does. Raises QueueFull."""
         sender = sender or Sender()
-        lane = sender.lanes.get(message_type) or self.delivery.lane(
-            sender, message_type, sender.lanes.values(), acked=index > 0
-        )
-        assert lane is not None
-        sender.lanes[message_type] = lane
-        self.delivery.send(lane, sender, raw, stamp, index)
+        lane = self.lane(sender, message_type, acked=index > 0)
+        if not stamp and not lane.parked and message_type == lane.tally.message_type:
+            try:
+                self.delivery.produce(lane.topic, raw, sender.principal.user_id.encode(), -1, lane)
+            except PRODUCE_ERRORS:
+                pass
+            else:
+                lane.waiting.append(raw)
+                lane.tally.receive(len(raw))
+                if lane.indices is not None:
+                    lane.indices.append(index)
+                return
+        taken(self.delivery.send(lane, message_type, raw, stamp, index))
+
+    def dead_letter(self, sender: Sender, raw: bytes, reason: catalogue.Reason, index: int) -> None:
+        """Hand over a rejected message. Raises QueueFull."""
+        taken(self.delivery.dead_letter(sender, raw, reason, index))
 
 
 Make = Callable[..., Side]
@@ -99,12 +109,12 @@ Make = Callable[..., Side]
 
 @pytest.fixture
 def make_side() -> Iterator[Make]:
-    counters = Counters()
-    log = Log(counters, level="error")
+    metrics = Metrics()
+    log = Log(metrics, level="error")
     routes = Routes({"tick_data": "tick-data", "user_event": "user-events"}, "failed-messages")
 
     def make(bootstrap: str, routes: Routes = routes, **properties: Any) -> Side:
-        return Side(bootstrap, log, counters, routes, **properties)
+        return Side(bootstrap, log, metrics, routes, **properties)
 
     yield make
     log.close()
@@ -120,7 +130,7 @@ async def settle(side: Side) -> None:
 async def test_messages_go_from_in_flight_to_delivered(broker: Broker, make_side: Make) -> None:
     side = make_side(broker.bootstrap_servers)
     with trio.fail_after(30):
-        while not await side.producer.check_topics(["tick-data", "failed-messages"]):
+        while not await side.producer.cluster.check(["tick-data", "failed-messages"]):
             await trio.sleep(0.1)
     with Records(broker.bootstrap_servers, "tick-data") as records:
         for number in range(100):
@@ -132,7 +142,7 @@ async def test_messages_go_from_in_flight_to_delivered(broker: Broker, make_side
         assert totals.received_bytes == totals.delivered_bytes
         values = [record.value() for record in records.take(100, key="alice")]
     assert values == [b"message %d" % number for number in range(100)]
-    assert sum(side.counters.delivery_s.counts) == 96, "one in 16, each for 16"
+    assert counted(side.metrics, "gateway_delivery_seconds") == 96, "one in 16, each for 16"
 
 
 async def test_stamped_messages_arrive_with_their_stamp(broker: Broker, make_side: Make) -> None:
@@ -149,7 +159,7 @@ async def test_every_counted_message_is_settled_once_whatever_its_way(broker: Br
     side.send(b"plain", index=1, sender=sender)
     side.send(b"stamped", b"+stamp", index=2, sender=sender)
     side.send(b"r" * 1500, b"s" * 1000, index=3, sender=sender)
-    side.delivery.dead_letter(sender, b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 4)
+    side.dead_letter(sender, b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 4)
     side.send(b"elsewhere", message_type="user_event", index=5, sender=sender)
     assert sender.settled == [], "nothing is settled before Kafka has answered"
     await settle(side)
@@ -160,13 +170,13 @@ async def test_every_counted_message_is_settled_once_whatever_its_way(broker: Br
 async def test_dead_letters_carry_their_reason(broker: Broker, make_side: Make) -> None:
     side = make_side(broker.bootstrap_servers)
     with Records(broker.bootstrap_servers, "failed-messages") as records:
-        side.delivery.dead_letter(Sender(), b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 0)
+        side.dead_letter(Sender(), b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 0)
         await settle(side)
         record = records.take(1, key="alice")[0]
     assert record.value() == b"broken"
     assert headers_of(record)["reason"] == catalogue.REASON_NOT_AN_ENVELOPE
     assert side.books.totals().dead_lettered == 1
-    assert side.counters.dead_letters[catalogue.REASON_NOT_AN_ENVELOPE] == 1
+    assert counted(side.metrics, "gateway_dead_letters", reason=catalogue.REASON_NOT_AN_ENVELOPE) == 1
 
 
 async def test_what_librdkafka_refuses_at_once_becomes_a_dead_letter(broker: Broker, make_side: Make) -> None:
@@ -185,7 +195,7 @@ async def test_what_librdkafka_refuses_at_once_becomes_a_dead_letter(broker: Bro
 async def test_full_queue_raises_and_room_is_announced(broker: Broker, make_side: Make) -> None:
     side = make_side(broker.bootstrap_servers, **{"queue.buffering.max.messages": 10, "linger.ms": 50})
     room: list[bool] = []
-    side.producer.on_room = lambda: room.append(True)
+    side.holds.on_release = lambda: room.append(True)
     taken = 0
     with pytest.raises(QueueFull):
         for _ in range(20):
@@ -194,8 +204,8 @@ async def test_full_queue_raises_and_room_is_announced(broker: Broker, make_side
     assert taken == 10
     assert side.producer.full
     with pytest.raises(QueueFull):
-        side.delivery.dead_letter(Sender(), b"x", catalogue.REASON_UNKNOWN_TYPE, 0)
-    assert side.counters.pauses == 1
+        side.dead_letter(Sender(), b"x", catalogue.REASON_UNKNOWN_TYPE, 0)
+    assert counted(side.metrics, "gateway_reading_pauses") == 1
     await settle(side)
     side.producer.poll()
     assert room == [True]
@@ -206,8 +216,8 @@ async def test_full_queue_raises_and_room_is_announced(broker: Broker, make_side
 
 async def test_unreachable_kafka_is_not_reached_and_a_flush_ends_in_time(make_side: Make) -> None:
     side = make_side("127.0.0.1:1")
-    assert not await side.producer.check_topics(["tick-data"])
-    assert not side.producer.up
+    assert not await side.producer.cluster.check(["tick-data"])
+    assert not side.producer.cluster.up
     sender = Sender()
     side.send(b"never", index=1, sender=sender)
     with trio.fail_after(5):
@@ -215,10 +225,10 @@ async def test_unreachable_kafka_is_not_reached_and_a_flush_ends_in_time(make_si
             side.producer.poll()
             await trio.sleep(0.03)
     assert side.books.totals().in_flight == 1
-    await side.delivery.give_up()
+    await side.delivery.abandon()
     totals = side.books.totals()
     assert (totals.dropped, totals.in_flight, totals.imbalance) == (1, 0, 0)
-    assert side.counters.drops[catalogue.GIVEN_UP_DRAIN_TIMEOUT] == 1
+    assert counted(side.metrics, "gateway_drops", reason=catalogue.GIVEN_UP_DRAIN_TIMEOUT) == 1
     assert sender.settled == [], "what is dropped is never acked"
 
 
@@ -234,7 +244,7 @@ async def test_nothing_is_left_behind_when_very_much_is_given_up(make_side: Make
         with trio.fail_after(30):
             while side.producer.broken or len(side.producer) < count:
                 await trio.sleep(0.01)
-            await side.delivery.give_up()
+            await side.delivery.abandon()
         totals = side.books.totals()
         assert (totals.dropped, totals.in_flight, totals.imbalance) == (count, 0, 0)
         nursery.cancel_scope.cancel()
@@ -245,7 +255,7 @@ async def test_old_record_for_a_topic_that_is_gone_becomes_a_dead_letter(
 ) -> None:
     """No route names it any more, so nobody waits for it to come back."""
     side = make_side(embedded_broker.bootstrap_servers, **{"topic.metadata.propagation.max.ms": 100})
-    assert await side.producer.check_topics(["tick-data", "failed-messages"])
+    assert await side.producer.cluster.check(["tick-data", "failed-messages"])
     origin: Any = Sender()
     side.delivery.replay(replace(SPOOLED, topic="old-topic", headers=None), origin)
     async with trio.open_nursery() as nursery:
@@ -254,7 +264,7 @@ async def test_old_record_for_a_topic_that_is_gone_becomes_a_dead_letter(
             while side.books.totals().in_flight:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
-    assert (side.books.totals().dead_lettered, side.counters.renewals) == (1, 0)
+    assert (side.books.totals().dead_lettered, counted(side.metrics, "gateway_producer_renewals")) == (1, 0)
 
 
 async def test_bug_in_queueing_again_ends_nothing(embedded_broker: Broker, make_side: Make) -> None:
@@ -263,7 +273,7 @@ async def test_bug_in_queueing_again_ends_nothing(embedded_broker: Broker, make_
     def fails() -> None:
         raise RuntimeError("a bug")
 
-    side.producer.on_room = fails
+    side.holds.on_release = fails
     async with trio.open_nursery() as nursery:
         nursery.start_soon(side.producer.run)
         side.producer.note_broken("as a fatal error would")
@@ -281,12 +291,12 @@ async def test_replay_that_is_given_up_is_in_the_books_and_still_in_the_spool(ma
     spool.close()
     side = make_side("127.0.0.1:1")
     spool = Spool(tmp_path / "spool", 1 << 30)
-    replay = Replay(spool, side.delivery, side.counters, side.log)
+    replay = Replay(spool, side.delivery.replay, side.metrics, side.log)
     async with trio.open_nursery() as nursery:
         await nursery.start(replay.run)
         assert (replay.unsettled, side.books.totals().in_flight) == (10, 10)
         replay.stop()
-        await side.delivery.give_up()
+        await side.delivery.abandon()
         nursery.cancel_scope.cancel()
     spool.close()
     totals = side.books.totals()
@@ -303,7 +313,7 @@ async def test_replay_that_was_stopped_does_nothing_when_it_is_asked_again(make_
     spool.close()
     side = make_side("127.0.0.1:1")
     spool = Spool(tmp_path / "spool", 1 << 30)
-    replay = Replay(spool, side.delivery, side.counters, side.log)
+    replay = Replay(spool, side.delivery.replay, side.metrics, side.log)
     replay.stop()
     async with trio.open_nursery() as nursery:
         await nursery.start(replay.run)
@@ -344,14 +354,14 @@ async def test_record_the_topic_refuses_becomes_a_dead_letter(apache_broker: Bro
 async def test_missing_topic_is_named_and_found_when_it_is_created(apache_broker: Broker, make_side: Make) -> None:
     topic = f"late-{uuid.uuid4().hex[:8]}"
     side = make_side(apache_broker.bootstrap_servers)
-    assert not await side.producer.check_topics(["tick-data", topic])
-    assert list(side.producer.missing_topics) == [topic]
+    assert not await side.producer.cluster.check(["tick-data", topic])
+    assert list(side.producer.cluster.missing_topics) == [topic]
     create_topics(apache_broker.bootstrap_servers, [topic])
     with trio.fail_after(20):
-        while not await side.producer.check_topics(["tick-data", topic]):
+        while not await side.producer.cluster.check(["tick-data", topic]):
             await trio.sleep(0.2)
-    assert not side.producer.missing_topics
-    assert side.producer.up
+    assert not side.producer.cluster.missing_topics
+    assert side.producer.cluster.up
 
 
 async def test_dead_letter_topic_that_refuses_at_once_costs_the_message_and_nothing_else(
@@ -364,14 +374,14 @@ async def test_dead_letter_topic_that_refuses_at_once_costs_the_message_and_noth
 
     monkeypatch.setattr(side.producer, "queue", denied)
     sender = Sender()
-    side.delivery.dead_letter(sender, b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 1)
-    side.send(b"refused", index=2, sender=sender)
+    side.dead_letter(sender, b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 1)
+    side.send(b"refused", b"+stamp", index=2, sender=sender)
     await settle(side)
     totals = side.books.totals()
     assert (totals.received, totals.dropped, totals.in_flight, totals.imbalance) == (2, 2, 0, 0)
     assert sender.settled == [1, 2], "dropped and reported: acks go on behind it"
     assert sender.rejected == [(catalogue.GIVEN_UP_DEAD_LETTER_REFUSED, 1), (catalogue.GIVEN_UP_DEAD_LETTER_REFUSED, 2)]
-    assert side.counters.drops[catalogue.GIVEN_UP_DEAD_LETTER_REFUSED] == 2
+    assert counted(side.metrics, "gateway_drops", reason=catalogue.GIVEN_UP_DEAD_LETTER_REFUSED) == 2
     assert [event for event, _ in side.lines].count("dead letter refused") == 2
 
 
@@ -388,8 +398,8 @@ async def test_producer_that_fails_for_good_is_replaced_and_what_it_held_arrives
             with pytest.raises(QueueFull):
                 side.send(b"too early", index=101, sender=sender)
 
-        side.producer.on_broken = on_broken
-        side.producer.on_room = lambda: room.append(True)
+        side.holds.on_hold = on_broken
+        side.holds.on_release = lambda: room.append(True)
         with Records(kafka.kafka, "tick-data") as records, trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(side.producer.run)
@@ -414,7 +424,7 @@ async def test_producer_that_fails_for_good_is_replaced_and_what_it_held_arrives
         assert list(dict.fromkeys(found)) == list(range(101)), "all, in order; twice at most what was under way"
         assert sorted(sender.settled) == list(range(1, 102))
         assert len(broken) == 1
-        assert side.counters.renewals == 1
+        assert counted(side.metrics, "gateway_producer_renewals") == 1
         totals = side.books.totals()
         assert (totals.received, totals.delivered, totals.imbalance) == (101, 101, 0)
 
@@ -430,7 +440,7 @@ async def test_order_holds_when_a_producer_fails_while_it_is_still_being_refille
             side.send(b"%d" % number, b"" if number % 3 else b" ", message_type, number + 1, sender)
 
         room: list[bool] = []
-        side.producer.on_room = lambda: room.append(True)
+        side.holds.on_release = lambda: room.append(True)
         with Records(kafka.kafka, "tick-data") as records, trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 send(0)
@@ -443,7 +453,7 @@ async def test_order_holds_when_a_producer_fails_while_it_is_still_being_refille
                 nursery.start_soon(side.producer.run)
                 for times in (1, 2):
                     side.producer.note_broken("the test's")
-                    while side.counters.renewals < times:
+                    while counted(side.metrics, "gateway_producer_renewals") < times:
                         await trio.sleep(0.01)
                     assert side.books.totals().in_flight == 100
                 kafka.signal(signal.SIGCONT)
@@ -464,7 +474,7 @@ async def test_fatal_error_that_poll_raises_is_noted_once_and_another_producer_g
 ) -> None:
     side = make_side(embedded_broker.bootstrap_servers, **{"linger.ms": 60_000})
     broken: list[str] = []
-    side.producer.on_broken = lambda: broken.append(side.producer.broken)
+    side.holds.on_hold = lambda: broken.append(side.producer.broken)
     sender = Sender()
     side.send(b"held", index=1, sender=sender)
     side.producer._properties["linger.ms"] = 5
@@ -474,7 +484,7 @@ async def test_fatal_error_that_poll_raises_is_noted_once_and_another_producer_g
         side.producer.poll()
         assert len(broken) == 1
         assert "fenced" in broken[0]
-        assert (side.producer.full, side.producer.up) == (True, False)
+        assert (side.producer.full, side.producer.cluster.up) == (True, False)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(side.producer.run)
             while not sender.settled:

@@ -9,12 +9,13 @@ import trio
 from confluent_kafka import Message, Producer
 
 from gateway.core import catalogue
-from gateway.core.ports import Parked, QueueFull
 from gateway.core.principal import Principal
-from gateway.router.parking import Parking, partition_of
+from gateway.kafka.partitioner import partition_of
+from gateway.router.parking import Parking
 from gateway.testing.records import Records
 from tests.conftest import Broker
-from tests.router.test_delivery import Make, Sender, make_side  # noqa: F401  # a fixture
+from tests.router.stand_ins import Sender
+from tests.router.test_delivery import Make, Parked, QueueFull, make_side  # noqa: F401  # a fixture
 
 
 def test_keys_belong_where_librdkafka_puts_them(embedded_broker: Broker) -> None:
@@ -57,11 +58,11 @@ async def test_topic_with_no_partition_that_takes_anything_is_named(
     make_side: Make,  # noqa: F811  # the fixture
 ) -> None:
     producer = make_side(embedded_broker.bootstrap_servers).producer
-    producer.partition_counts.update({"tick-data": 2, "user-events": 1, "notifications": 1})
-    producer.unwritable = frozenset({("tick-data", 0), ("user-events", 0)})
-    assert producer.unwritable_topics == ["user-events"]
-    producer.unwritable |= {("tick-data", 1)}
-    assert producer.unwritable_topics == ["tick-data", "user-events"]
+    producer.cluster.partition_counts.update({"tick-data": 2, "user-events": 1, "notifications": 1})
+    producer.cluster.unwritable = frozenset({("tick-data", 0), ("user-events", 0)})
+    assert producer.cluster.unwritable_topics == ["user-events"]
+    producer.cluster.unwritable |= {("tick-data", 1)}
+    assert producer.cluster.unwritable_topics == ["tick-data", "user-events"]
 
 
 class Other(Sender):
@@ -75,10 +76,9 @@ async def test_users_of_other_partitions_go_on_and_what_waits_goes_first_and_in_
     make_side: Make,  # noqa: F811  # the fixture
 ) -> None:
     side = make_side(embedded_broker.bootstrap_servers)
-    reopened: list[bool] = []
-    side.delivery.on_parked = lambda: reopened.append(True)
-    assert await side.producer.check_topics(["tick-data", "failed-messages"])
-    side.producer.partition_counts.update({"tick-data": 4, "failed-messages": 4})
+    edition = side.delivery.edition
+    assert await side.producer.cluster.check(["tick-data", "failed-messages"])
+    side.producer.cluster.partition_counts.update({"tick-data": 4, "failed-messages": 4})
     stuck = partition_of(b"alice", 4)
     assert stuck != partition_of(b"bob", 4)
     alice, bob = Sender(), Other()
@@ -88,7 +88,7 @@ async def test_users_of_other_partitions_go_on_and_what_waits_goes_first_and_in_
         trio.fail_after(30),
     ):
         side.producer.note_broken("as when the queue is full")
-        side.producer.on_unwritable(frozenset({("tick-data", stuck), ("failed-messages", stuck)}))
+        side.delivery.note_unwritable(frozenset({("tick-data", stuck), ("failed-messages", stuck)}))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(side.producer.run)
             while side.producer.broken:
@@ -97,24 +97,22 @@ async def test_users_of_other_partitions_go_on_and_what_waits_goes_first_and_in_
             with pytest.raises(Parked):
                 side.send(b"alice 1", index=1, sender=alice)
             with pytest.raises(Parked):
-                side.delivery.dead_letter(alice, b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 2)
+                side.dead_letter(alice, b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 2)
             assert alice.waiting_alone
             while not bob.settled:
                 await trio.sleep(0.01)
             assert side.books.totals().received == 1, "what is parked was not taken"
-            side.producer.on_unwritable(frozenset())
+            side.delivery.note_unwritable(frozenset())
             assert not alice.waiting_alone
             alice.lanes.clear()  # as a session does when it is told
             send_when_there_is_room(lambda: side.send(b"alice 1", index=1, sender=alice))
-            send_when_there_is_room(
-                lambda: side.delivery.dead_letter(alice, b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 2)
-            )
+            send_when_there_is_room(lambda: side.dead_letter(alice, b"broken", catalogue.REASON_NOT_AN_ENVELOPE, 2))
             while sorted(alice.settled) != [1, 2]:
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
         assert [record.value() for record in records.take(1, key="alice")] == [b"alice 1"]
         assert dead.take(1, key="alice")
-    assert reopened == [True, True]
+    assert side.delivery.edition == edition + 2, "sessions look twice"
     assert side.books.totals().imbalance == 0
 
 
@@ -130,7 +128,7 @@ async def test_what_the_producer_hands_back_is_parked_and_sent_first_when_the_pa
     make_side: Make,  # noqa: F811  # the fixture
 ) -> None:
     side = make_side(embedded_broker.bootstrap_servers, **{"linger.ms": 60_000})
-    side.producer.partition_counts["tick-data"] = 4
+    side.producer.cluster.partition_counts["tick-data"] = 4
     partition = ("tick-data", partition_of(b"alice", 4))
     alice = Sender()
     with Records(embedded_broker.bootstrap_servers, "tick-data") as records, trio.fail_after(30):
@@ -138,7 +136,7 @@ async def test_what_the_producer_hands_back_is_parked_and_sent_first_when_the_pa
             side.send(b"%d" % number, index=number + 1, sender=alice)
         side.producer._properties["linger.ms"] = 5
         side.producer.note_broken("as when the queue is full")
-        side.producer.on_unwritable(frozenset({partition}))
+        side.delivery.note_unwritable(frozenset({partition}))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(side.producer.run)
             while side.producer.broken or not alice.waiting_alone:
@@ -146,7 +144,7 @@ async def test_what_the_producer_hands_back_is_parked_and_sent_first_when_the_pa
             assert len(side.delivery) == 100
             assert len(side.producer) == 0, "the queue is free for others"
             assert side.books.totals().in_flight == 100
-            side.producer.on_unwritable(frozenset())
+            side.delivery.note_unwritable(frozenset())
             while len(alice.settled) < 100:
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
@@ -159,12 +157,12 @@ async def test_what_is_parked_when_a_drain_gives_up_is_counted(
     make_side: Make,  # noqa: F811  # the fixture
 ) -> None:
     side = make_side(embedded_broker.bootstrap_servers, **{"linger.ms": 60_000})
-    side.producer.partition_counts["tick-data"] = 4
+    side.producer.cluster.partition_counts["tick-data"] = 4
     alice = Sender()
     side.send(b"held", index=1, sender=alice)
     side.producer.note_broken("as when the queue is full")
-    side.producer.on_unwritable(frozenset({("tick-data", partition_of(b"alice", 4))}))
-    await side.delivery.give_up()
+    side.delivery.note_unwritable(frozenset({("tick-data", partition_of(b"alice", 4))}))
+    await side.delivery.abandon()
     totals = side.books.totals()
     assert (totals.in_flight, totals.dropped, totals.imbalance, side.delivery.lost) == (0, 1, 0, 1)
     assert len(side.delivery) == 0

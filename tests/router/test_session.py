@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import socket
-from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 import trio
 import trio.lowlevel
-from google.protobuf.message import DecodeError
 
 from gateway.core import catalogue, notices
 from gateway.core.books import Tally
-from gateway.core.ports import Parked, QueueFull
 from gateway.core.principal import Principal
+from gateway.core.routes import Routes
+from gateway.router.delivery import Room
+from gateway.router.lanes import Lane
 from gateway.router.session import Session, SessionContext
 from gateway.telemetry.logging import RateLimited
 from gateway.testing.rawclient import frame
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from gateway.ws.connection import ConnectionLimits
+from gateway.ws.connection import Connection, ConnectionLimits
+from gateway.ws.outbox import Outbox
 from gateway.ws.readiness import Readiness
 
 LIMITS = ConnectionLimits(
@@ -36,30 +37,18 @@ LIMITS = ConnectionLimits(
 )
 
 
-class ScriptedLane:
-    plain = True
-    head: bytes | None = None
-
-    def __init__(self, topic: str) -> None:
-        self.topic = topic
-        self.tally = Tally()
-        self.waiting: deque[bytes] = deque()
-        self.indices: deque[int] = deque()
-
-    def __call__(self, error: Any, message: Any, /) -> None:
-        """Never called: nothing is really sent."""
-
-
-class ScriptedEgress:
+class ScriptedDelivery:
     """Takes ``room`` messages, then has none; raises ``bug`` when there is one."""
 
-    errors: tuple[type[Exception], ...] = (DecodeError, BufferError)
+    edition = 0
+    routes = Routes({"tick_data": "tick-data"}, "failed-messages")
 
     def __init__(self) -> None:
         self.room = 1_000_000
         self.bug: Exception | None = None
         self.parked = False
         self.sent: list[bytes] = []
+        self.topics: list[str] = []
         self.dead: list[tuple[bytes, str]] = []
         self.took = trio.Event()
 
@@ -72,39 +61,58 @@ class ScriptedEgress:
             raise BufferError
         self.room -= 1
         self.sent.append(value)
+        self.topics.append(topic)
         self.took.set()
 
-    def lane(self, origin: Any, message_type: str, others: Any, *, acked: bool) -> ScriptedLane | None:
-        return ScriptedLane("tick-data") if message_type == "tick_data" else None
+    def open_lane(self, sender: Any, topic: str, message_type: str, *, acked: bool) -> Lane:
+        return Lane(self, sender, topic, Tally(message_type), acked=acked, parked=False)
 
-    def send(self, lane: Any, origin: Any, raw: bytes, stamp: bytes, index: int) -> None:
+    def look_again(self, lane: Lane) -> None:
+        """Nothing is parked."""
+
+    def sample(self, latency_s: float | None) -> None:
+        """Never called: nothing is really sent."""
+
+    def report(self, lane: Lane, error: Any, reported: Any) -> None:
+        """Never called: nothing is really sent."""
+
+    def send(self, lane: Lane, message_type: str, raw: bytes, stamp: bytes, index: int) -> Room:
         try:
             self.produce(lane.topic, raw + stamp, b"", -1, lane)
         except BufferError:
             if self.parked:
-                origin.wait_alone()
-                raise Parked from None
-            raise QueueFull from None
+                lane.sender.wait_alone()
+                return Room.ALONE
+            return Room.NONE
+        return Room.TAKEN
 
-    def dead_letter(self, origin: Any, raw: bytes, reason: str, index: int) -> None:
+    def dead_letter(self, sender: Any, raw: bytes, reason: str, index: int) -> Room:
         if not self.room:
-            raise QueueFull
+            return Room.NONE
         self.room -= 1
         self.dead.append((raw, reason))
         self.took.set()
+        return Room.TAKEN
 
 
 class World:
-    """A session, its peer's socket, and what happened."""
+    """A session, its connection, its peer's socket, and what happened."""
 
-    def __init__(self, session: Session, peer: trio.SocketStream, egress: ScriptedEgress, readiness: Readiness) -> None:
-        self.session = session
+    def __init__(
+        self, connection: Connection, peer: trio.SocketStream, delivery: ScriptedDelivery, readiness: Readiness
+    ) -> None:
+        self.connection = connection
+        self.session: Session
         self.peer = peer
-        self.egress = egress
+        self.egress = delivery
         self.readiness = readiness
         self.crashes: list[Exception] = []
         self.lines: list[dict[str, Any]] = []
+        self.outcomes: list[str] = []
         self.done = trio.Event()
+
+    def leave(self, session: Session, outcome: str) -> None:
+        self.outcomes.append(outcome)
 
 
 @asynccontextmanager
@@ -112,31 +120,39 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     readiness = Readiness()
-    egress = ScriptedEgress()
+    delivery = ScriptedDelivery()
     made: list[World] = []
     context = SessionContext(
         readiness=readiness,
-        limits=LIMITS,
-        egress=egress,
+        delivery=delivery,  # type: ignore[arg-type]  # a stand-in
         ack_interval_ms=200,
         reconnect_window_ms=1000,
         notify=lambda session: session.send_notices(),
         leeway_s=lambda: 0.0,
-        log_refused=RateLimited(lambda event, **fields: made[0].lines.append(fields), trio.current_time),
+        log_rejected=RateLimited(lambda event, **fields: made[0].lines.append(fields), trio.current_time),
         log_crash=RateLimited(lambda event, **fields: made[0].crashes.append(fields["exc_info"]), trio.current_time),
     )
+
+    class Home:
+        def leave(self, session: Session, outcome: str) -> None:
+            made[0].leave(session, outcome)
+
     session = Session(
-        ours,
         context,
+        Home(),
         connection_id="c-1",
         principal=Principal("alice", "acme", "pro", 4_000_000_000.0),
+        account="alice",
         path="/ws/mt5",
         subprotocol=subprotocol,
     )
-    made.append(World(session, trio.SocketStream(trio.socket.from_stdlib_socket(theirs)), egress, readiness))
+    connection = Connection(ours, readiness, LIMITS, session)
+    peer = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+    made.append(World(connection, peer, delivery, readiness))
+    made[0].session = session
 
     async def live() -> None:
-        await session.run()
+        await connection.run()
         made[0].done.set()
 
     async with trio.open_nursery() as nursery:
@@ -160,7 +176,7 @@ async def test_many_messages_of_one_read_keep_their_order() -> None:
         while len(it.egress.sent) < 100:
             await trio.lowlevel.checkpoint()
         assert it.egress.sent == [tick(number) for number in range(100)]
-        assert it.session.received == 100
+        assert it.session.received_messages == 100
 
 
 async def test_full_queue_stops_reading_and_loses_and_reorders_nothing() -> None:
@@ -204,7 +220,7 @@ async def test_connection_that_ends_while_stalled_still_hands_everything_over() 
         it.readiness.resume()
         await it.done.wait()
         assert it.egress.sent == [tick(0), tick(1)]
-        assert it.session.outcome == "peer_closed"
+        assert it.connection.outcome == "peer_closed"
 
 
 async def test_connection_that_is_closed_while_stalled_still_hands_over_what_was_read() -> None:
@@ -212,7 +228,7 @@ async def test_connection_that_is_closed_while_stalled_still_hands_over_what_was
         it.egress.room = 1
         await it.peer.send_all(b"".join(frame(0x2, tick(number)) for number in range(5)))
         await trio.testing.wait_all_tasks_blocked(0.05)
-        it.session.close(catalogue.CLOSE_TOKEN_EXPIRED)
+        it.connection.close(catalogue.CLOSE_TOKEN_EXPIRED)
         it.egress.room = 10
         it.readiness.resume()
         await it.done.wait()
@@ -236,12 +252,12 @@ async def test_bytes_that_the_peer_takes_during_a_pause_do_not_make_it_a_stalled
     async with world() as it:
         await trio.testing.wait_all_tasks_blocked()
         it.readiness.pause()
-        it.session._outbox = bytearray(b"waiting")
-        it.session._unsent_since = trio.current_time() - 60
-        it.readiness.want_write(it.session, True)
+        it.connection._outbox = Outbox(trio.current_time() - 60)
+        it.connection._outbox.put(b"waiting")
+        it.readiness.want_write(it.connection, True)
         assert await it.peer.receive_some() == b"waiting"
-        it.session.tick(trio.current_time())
-        assert it.session.state == 0
+        it.connection.tick(trio.current_time())
+        assert it.connection.state == 0
 
 
 async def test_pings_behind_data_are_answered_while_nothing_is_handed_over() -> None:
@@ -285,7 +301,7 @@ async def test_close_behind_what_waits_is_answered_and_what_waits_is_handed_over
         assert await it.peer.receive_some() == b"\x88\x02\x03\xe8"
         await it.peer.send_eof()
         await it.done.wait()
-        assert (it.readiness.stalled, it.readiness.backlog, it.session.outcome) == (1, 2, "peer_closed")
+        assert (it.readiness.stalled, it.readiness.backlog, it.connection.outcome) == (1, 2, "peer_closed")
         it.egress.room = 10
         it.readiness.resume()
         await trio.testing.wait_all_tasks_blocked(0.05)
@@ -354,7 +370,7 @@ async def test_what_is_held_during_a_pause_is_bounded_and_then_all_of_it_is_hand
             nursery.start_soon(press)
             await trio.testing.wait_all_tasks_blocked(0.2)
             assert 200_000 <= it.readiness.held_bytes < 250_000
-            assert it.readiness.leaves(it.session)
+            assert it.readiness.leaves(it.connection)
             assert it.egress.sent == []
             it.readiness.resume()
             sent = accepted
@@ -364,12 +380,17 @@ async def test_what_is_held_during_a_pause_is_bounded_and_then_all_of_it_is_hand
         while it.readiness.stalled:
             await trio.lowlevel.checkpoint()
         assert it.readiness.held_bytes == 0
-        assert not it.readiness.leaves(it.session)
+        assert not it.readiness.leaves(it.connection)
 
 
 async def test_messages_behind_a_ping_that_cannot_be_answered_are_still_taken() -> None:
     async with world() as it:
-        it.session._outbox = bytearray(LIMITS.max_unsent_bytes)  # a peer that takes nothing: the pong ends it
+        await trio.testing.wait_all_tasks_blocked()
+        with suppress(BlockingIOError):
+            while True:
+                it.connection.sock.send(bytes(65_536))
+        it.connection._outbox = Outbox(trio.current_time())
+        it.connection._outbox.put(bytes(LIMITS.max_unsent_bytes))  # a peer that takes nothing: the pong ends it
         await it.peer.send_all(frame(0x2, tick(0)) + frame(0x9) + frame(0x2, tick(1)))
         await it.done.wait()
         assert it.egress.sent == [tick(0), tick(1)]
@@ -381,12 +402,12 @@ async def test_messages_behind_a_control_flood_are_not_processed() -> None:
         for _ in range(10):  # ten reads, each with a second's worth: what one read brings may have gathered
             await it.peer.send_all(frame(0x9) * 25)
             await trio.testing.wait_all_tasks_blocked(0.001)
-        assert it.session.state == 0
+        assert it.connection.state == 0
         await it.peer.send_all(frame(0x9) * 21 + frame(0x2, tick(1)))
         await it.peer.send_eof()
         await it.done.wait()
         assert it.egress.sent == [tick(0)]
-        assert it.session.outcome == "control_flood"
+        assert it.connection.outcome == "control_flood"
         assert it.lines[0]["code"] == 1008
 
 
@@ -399,14 +420,14 @@ async def test_bug_in_handling_a_message_closes_that_connection_with_1011() -> N
         assert it.crashes == [it.egress.bug]
         await it.peer.send_eof()
         await it.done.wait()
-        assert it.session.outcome == "internal_error"
+        assert it.connection.outcome == "internal_error"
 
 
 async def test_drain_still_takes_what_was_sent_before_the_peer_answers() -> None:
     async with world(notices.JSON) as it:
         welcome = await it.peer.receive_some()
         assert json.loads(welcome[4:])["type"] == "welcome"
-        it.session.close(catalogue.CLOSE_RESTART, take_rest=True)
+        it.connection.close(catalogue.CLOSE_RESTART, take_rest=True)
         said = await it.peer.receive_some()
         notice = json.loads(said[2 : 2 + said[1]])
         assert (notice["type"], notice["code"]) == ("closing", 1012)
@@ -416,12 +437,12 @@ async def test_drain_still_takes_what_was_sent_before_the_peer_answers() -> None
         await it.peer.send_eof()
         await it.done.wait()
         assert it.egress.sent == [tick(7)]
-        assert it.session.outcome == "restart"
+        assert it.connection.outcome == "restart"
 
 
 async def test_messages_after_other_closes_are_not_taken() -> None:
     async with world() as it:
-        it.session.close(catalogue.CLOSE_TOKEN_EXPIRED)
+        it.connection.close(catalogue.CLOSE_TOKEN_EXPIRED)
         await it.peer.send_all(frame(0x2, tick(7)) + frame(0x8, b"\x03\xe8"))
         await it.peer.send_eof()
         await it.done.wait()
@@ -430,29 +451,30 @@ async def test_messages_after_other_closes_are_not_taken() -> None:
 
 async def test_peer_that_never_answers_a_close_is_given_up_in_time() -> None:
     async with world() as it:
-        it.session.close(catalogue.CLOSE_IDLE)
+        it.connection.close(catalogue.CLOSE_IDLE)
         with trio.fail_after(3):
             await it.done.wait()
-        assert it.session.outcome == "idle"
+        assert it.connection.outcome == "idle"
 
 
 async def test_cancelled_session_closes_its_socket() -> None:
     async with world() as it:
         pass
-    assert it.session.sock.fileno() == -1
-    assert it.session.outcome == "cancelled"
+    assert it.connection.sock.fileno() == -1
+    assert it.connection.outcome == "cancelled"
 
 
 async def test_new_routes_are_used_for_the_next_message() -> None:
     async with world() as it:
         await it.peer.send_all(frame(0x2, tick(0)))
         await it.egress.took.wait()
-        it.egress.lane = lambda *_, **__: ScriptedLane("elsewhere")  # type: ignore[method-assign]  # a reload
-        it.session.forget_routes()
+        it.egress.routes = Routes({"tick_data": "elsewhere"}, "failed-messages")  # a reload
+        it.egress.edition += 1
         it.egress.took = trio.Event()
         await it.peer.send_all(frame(0x2, tick(1)))
         await it.egress.took.wait()
         assert it.egress.sent == [tick(0), tick(1)]
+        assert it.egress.topics == ["tick-data", "elsewhere"]
 
 
 async def test_message_that_begins_like_the_last_one_is_still_judged_as_a_whole() -> None:

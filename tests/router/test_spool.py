@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import msgpack
@@ -15,12 +15,14 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.core.ports import QueueFull
+from gateway.core.books import Tally
 from gateway.errors import SpoolError
+from gateway.router.messages import Message
 from gateway.router.spool import segments as spool_module
 from gateway.router.spool.segments import MAGIC, Record, Segment, Spool, list_segments
 from gateway.router.spool.writer import SpoolWriter
 from gateway.telemetry.logging import RateLimited
+from tests.router.stand_ins import Recorder, Sender
 
 RECORD = Record(
     topic="tick-data",
@@ -198,21 +200,33 @@ class Log:
         self.faults.append(str(fields["error"]))
 
 
-def make_writer(directory: Path, max_bytes: int) -> tuple[Spool, SpoolWriter, Log]:
-    spool = Spool(directory, max_bytes)
-    log = Log()
-    return spool, SpoolWriter(spool, RateLimited(log, lambda: 0.0)), log
+class World:
+    """A writer, and what it did with the messages numbered by their index."""
 
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self.spool = Spool(directory, max_bytes)
+        self.log = Log()
+        self.settled: list[int] = []
+        self.offer: Callable[[int], bool] = lambda number: False
+        self.holds = Recorder()
+        self.writer = SpoolWriter(
+            self.spool,
+            written=lambda message: self.settled.append(message.index or 0),
+            offer_again=lambda message: self.offer(message.index or 0),
+            holds=self.holds,
+            log_fault=RateLimited(self.log, lambda: 0.0),
+        )
 
-def not_now() -> None:
-    raise QueueFull
+    def add(self, record: Record, number: int = 0) -> None:
+        """Let a record wait for the disk."""
+        self.writer.add(record, Message(Sender(), Tally(), record.topic, record.value, number))
 
 
 async def test_nearly_full_spool_takes_what_still_fits_and_says_what_does_not(directory: Path) -> None:
-    spool, writer, log = make_writer(directory, 65_536)
-    settled: list[int] = []
+    it = World(directory, 65_536)
+    spool, writer, log, settled = it.spool, it.writer, it.log, it.settled
     for number, record in enumerate(numbered(1000)):
-        writer.add(replace(record, value=bytes(900)), partial(settled.append, number), not_now)
+        it.add(replace(record, value=bytes(900)), number)
     left = await writer.flush(trio.current_time() + 10)
     spool.close()
     assert settled == list(range(len(settled))), "in order"
@@ -224,33 +238,34 @@ async def test_nearly_full_spool_takes_what_still_fits_and_says_what_does_not(di
 
 
 async def test_many_small_records_that_wait_for_the_disk_block_too(directory: Path) -> None:
-    spool, writer, _ = make_writer(directory, 65_536)
+    it = World(directory, 65_536)
     blocked: list[bool] = []
-    writer.on_blocked = lambda: blocked.append(True)
+    it.holds.on_hold = lambda: blocked.append(True)
     for _ in range(40_000):
-        writer.add(replace(RECORD, value=b""), lambda: None, not_now)
-    spool.close()
-    assert writer.blocked
+        it.add(replace(RECORD, value=b""))
+    it.spool.close()
+    assert it.writer.blocked
     assert blocked == [True]
 
 
 async def test_what_the_disk_does_not_take_is_offered_to_kafka_again(
     directory: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    spool, writer, _ = make_writer(directory, 65_536)
+    it = World(directory, 65_536)
+    spool, writer = it.spool, it.writer
     taken: list[int] = []
 
-    def again() -> None:
-        if len(taken) < 3:
-            raise_full = len(taken) == 1 and not full
-            if raise_full:
-                full.append(True)
-                raise QueueFull
-        taken.append(1)
+    def again(number: int) -> bool:
+        if len(taken) == 1 and not full:
+            full.append(True)
+            return False
+        taken.append(number)
+        return True
 
     full: list[bool] = []
+    it.offer = again
     for _ in range(5):
-        writer.add(replace(RECORD, value=bytes(70_000)), lambda: pytest.fail("the disk has no room for it"), again)
+        it.add(replace(RECORD, value=bytes(70_000)))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(writer.run)
         while len(writer):
@@ -258,13 +273,15 @@ async def test_what_the_disk_does_not_take_is_offered_to_kafka_again(
         nursery.cancel_scope.cancel()
     spool.close()
     assert len(taken) == 5
+    assert it.settled == [], "the disk has no room for it"
     assert writer.fault == ""
 
 
 async def test_records_that_neither_disk_nor_kafka_takes_for_a_while_keep_their_order(
     directory: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool, writer, log = make_writer(directory, 1 << 30)
+    it = World(directory, 1 << 30)
+    spool, writer, log = it.spool, it.writer, it.log
     append = spool.append
     attempts: list[int] = []
 
@@ -277,13 +294,15 @@ async def test_records_that_neither_disk_nor_kafka_takes_for_a_while_keep_their_
     monkeypatch.setattr(spool, "append", fails_at_first)
     offered: list[int] = []
 
-    def again(number: int) -> None:
+    def again(number: int) -> bool:
         if number > 1 or len(offered) > 1:
-            raise QueueFull
+            return False
         offered.append(number)
+        return True
 
+    it.offer = again
     for number, record in enumerate(numbered(10)):
-        writer.add(record, lambda: None, partial(again, number))
+        it.add(record, number)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(writer.run)
         while len(writer):

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from gateway.telemetry.logging import MAX_LINES, Log, RateLimited
-from gateway.telemetry.metrics import Counters
+from gateway.telemetry.metrics import Metrics
+from tests.counted import counted
 
 HUSH = "eyJ-very-secret"
 
@@ -31,7 +32,7 @@ def lines_of(reader: int) -> list[dict[str, Any]]:
 
 
 def test_values_are_escaped_to_one_line(pipe: tuple[int, int]) -> None:
-    log = Log(Counters(), descriptor=pipe[1])
+    log = Log(Metrics(), descriptor=pipe[1])
     log.info("hello\nworld", path="a\r\nb\x00\x1b[31m", odd="\ud800")
     log.close()
     (line,) = lines_of(pipe[0])
@@ -44,7 +45,7 @@ def test_values_are_escaped_to_one_line(pipe: tuple[int, int]) -> None:
 def test_exceptions_never_show_local_variables_and_fields_with_secret_names_are_redacted(
     pipe: tuple[int, int], style: str
 ) -> None:
-    log = Log(Counters(), style=style, descriptor=pipe[1])
+    log = Log(Metrics(), style=style, descriptor=pipe[1])
 
     def handle(token: str) -> None:
         raise ValueError("broken")
@@ -61,7 +62,7 @@ def test_exceptions_never_show_local_variables_and_fields_with_secret_names_are_
 
 
 def test_levels_filter_and_may_change(pipe: tuple[int, int]) -> None:
-    log = Log(Counters(), level="warning", descriptor=pipe[1])
+    log = Log(Metrics(), level="warning", descriptor=pipe[1])
     log.info("unheard")
     log.set_level("debug")
     log.debug("heard")
@@ -70,13 +71,13 @@ def test_levels_filter_and_may_change(pipe: tuple[int, int]) -> None:
 
 
 def test_nobody_reading_costs_lines_not_time(pipe: tuple[int, int]) -> None:
-    counters = Counters()
-    log = Log(counters, descriptor=pipe[1])
+    metrics = Metrics()
+    log = Log(metrics, descriptor=pipe[1])
     began = time.monotonic()
     for number in range(MAX_LINES + 5000):
         log.info("a line that fills the pipe", number=number)
     assert time.monotonic() - began < 20
-    assert counters.log_lines_lost > 0
+    assert counted(metrics, "gateway_log_lines_lost") > 0
     reader = threading.Thread(
         target=lambda: [None for _ in iter(lambda: os.read(pipe[0], 65_536).endswith(b'"end"}\n'), True)]
     )

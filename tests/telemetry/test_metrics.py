@@ -6,19 +6,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.core import catalogue
 from gateway.core.books import Books
-from gateway.telemetry.metrics import (
-    CLOSE_OUTCOMES,
-    HANDSHAKE_OUTCOMES,
-    Counters,
-    Exposition,
-    Gauges,
-    Histogram,
-)
-
-
-def exposition(counters: Counters, books: Books) -> Exposition:
-    gauges = Gauges(lambda: 3, lambda: 0, lambda: False, lambda: True, lambda: True, lambda: 0, lambda: True)
-    return Exposition(counters, books, gauges, "1.2.3")
+from gateway.ops.status import declare_books
+from gateway.router.sessions import OUTCOMES
+from gateway.telemetry.metrics import Histogram, Metrics
+from gateway.ws.listener import HANDSHAKE_OUTCOMES
 
 
 def test_histogram_buckets_are_cumulative() -> None:
@@ -34,7 +25,8 @@ def test_page_holds_the_books_by_outcome_and_type_and_is_cached() -> None:
     books = Books()
     tally = books.tally("acme", "tick_data")
     tally.received, tally.delivered, tally.received_bytes = 5, 5, 500
-    page = exposition(Counters(), books)
+    page = Metrics()
+    declare_books(page, books)
     families = {family.name: family for family in text_string_to_metric_families(page.page(0.0).decode())}
     found = {(s.labels["outcome"], s.labels["message_type"]): s.value for s in families["gateway_messages"].samples}
     assert found["delivered", "tick_data"] == 5
@@ -46,10 +38,23 @@ def test_page_holds_the_books_by_outcome_and_type_and_is_cached() -> None:
 
 
 def test_every_refusal_and_close_has_its_series_from_the_start() -> None:
-    counters = Counters()
-    assert set(counters.handshakes) == set(HANDSHAKE_OUTCOMES)
-    assert {one.code for one in vars(catalogue).values() if isinstance(one, catalogue.Refusal)} <= set(
-        counters.handshakes
-    )
+    refused = {value.code for value in vars(catalogue).values() if isinstance(value, catalogue.Refusal)}
+    assert refused <= set(HANDSHAKE_OUTCOMES)
     closes = {value.name for value in vars(catalogue).values() if isinstance(value, catalogue.Close) and value.sent}
-    assert closes <= set(CLOSE_OUTCOMES)
+    assert closes <= set(OUTCOMES)
+
+
+def test_label_that_was_forgotten_is_counted_all_the_same() -> None:
+    metrics = Metrics()
+    counts = metrics.labelled("gateway_some", "Some.", "reason", ("known",))
+    counts.add("forgotten")
+    page = metrics.page(0.0).decode()
+    assert 'gateway_some_total{reason="known"} 0.0' in page
+    assert 'gateway_some_total{reason="forgotten"} 1.0' in page
+
+
+def test_name_that_is_declared_again_is_the_same_metric() -> None:
+    metrics = Metrics()
+    metrics.counter("gateway_some", "Some.").add(2)
+    metrics.counter("gateway_some", "Some.").add(3)
+    assert "gateway_some_total 5.0" in metrics.page(0.0).decode()

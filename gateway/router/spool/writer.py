@@ -1,35 +1,31 @@
-"""The spool at work: what writes to it while the daemon runs, and what sends it again at the next start.
+"""Writes to the spool while the daemon runs.
 
-`SpoolWriter` gathers records and has a thread append them; a record is settled when the disk has it. While the disk
-takes nothing, records wait in memory, unsettled, and are tried again, on the disk and with Kafka; beyond
-`MAX_WAITING_BYTES` the writer is ``blocked``, and nothing more should be read from clients.
-
-`Replay` offers the old segments' records to Kafka in the order they were spooled, before anybody may connect, so
-that they precede all new traffic of their keys; a segment is deleted when Kafka has confirmed every record of it.
+`SpoolWriter` gathers messages and has a thread append them; a message is settled when the disk has it. While the disk
+takes nothing, messages wait in memory, unsettled, and are tried again, on the disk and with Kafka; beyond
+`MAX_WAITING_BYTES` the writer is ``blocked``, which is a hold: nothing more should be read from clients.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from gateway.core.ports import QueueFull
-from gateway.core.principal import Principal
+from gateway.core.catalogue import REASON_OTHER
+from gateway.core.holds import SPOOL_BLOCKED
 from gateway.errors import NoThread, SpoolError
+from gateway.router.spool.segments import Record
 from gateway.threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from gateway.router.delivery import Delivery
-    from gateway.router.spool.segments import Record, Segment, Spool
-    from gateway.telemetry.logging import Log, RateLimited
-    from gateway.telemetry.metrics import Counters
+    from gateway.core.holds import Holds
+    from gateway.router.messages import Message
+    from gateway.router.spool.segments import Spool
+    from gateway.telemetry.logging import RateLimited
 
 MAX_WAITING_BYTES: Final = 16 * 1024 * 1024
 """Records that may wait in memory for a disk that takes nothing before reading stops."""
@@ -42,19 +38,13 @@ AGAIN_RECORDS: Final = 1000
 """Records offered to Kafka again at each failed attempt to write."""
 RETRY_S: Final = 1.0
 """Between attempts to write to a disk that takes nothing."""
-READ_RECORDS: Final = 500
-READ_BYTES: Final = 4 * 1024 * 1024
-"""Records read from a segment in one visit to a thread, and bytes, one record at least."""
-T = TypeVar("T")
-ROOM_S: Final = 0.02
-"""Between attempts to queue a record when the producer has no room."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
+class Waiting(NamedTuple):
+    """A message that waits for the disk, as the record that is to be written."""
+
     record: Record
-    done: Callable[[], None]
-    again: Callable[[], None]
+    message: Message
 
     @property
     def weight(self) -> int:
@@ -65,18 +55,30 @@ class _Waiting:
 class SpoolWriter:
     """Appends to the spool from the Trio thread. `run` is its task; ``fault`` says why the disk takes nothing."""
 
-    def __init__(self, spool: Spool, log_fault: RateLimited) -> None:
+    def __init__(
+        self,
+        spool: Spool,
+        *,
+        written: Callable[[Message], None],
+        offer_again: Callable[[Message], bool],
+        holds: Holds,
+        log_fault: RateLimited,
+    ) -> None:
+        """``written`` is told of every message that the disk has. ``offer_again`` may be asked while the disk takes
+        nothing: whether the message has found another place, Kafka; it may be added here again by then.
+        """
         self._spool = spool
+        self._written = written
+        self._offer_again = offer_again
+        self._holds = holds
         self._log_fault = log_fault
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._waiting_bytes = 0
         self._work = trio.Event()
         self._writing = trio.Lock()
         self._batch_records = BATCH_RECORDS
         self._was_blocked = False
         self.fault = ""
-        self.on_blocked: Callable[[], None] = lambda: None
-        self.on_unblocked: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         """Records that are not on the disk yet."""
@@ -87,18 +89,14 @@ class SpoolWriter:
         """Too much waits for the disk."""
         return self._waiting_bytes > MAX_WAITING_BYTES
 
-    def add(self, record: Record, done: Callable[[], None], again: Callable[[], None]) -> None:
-        """Write ``record`` soon; ``done`` is called when the disk has it.
-
-        While the disk takes nothing, ``again`` may be called instead: it offers the record to Kafka once more, raises
-        QueueFull when it cannot, and adds the record here again if Kafka still refuses it.
-        """
-        self._waiting.append(_Waiting(record, done, again))
+    def add(self, record: Record, message: Message) -> None:
+        """Write ``record`` soon: it is what is kept of ``message``."""
+        self._waiting.append(Waiting(record, message))
         self._waiting_bytes += self._waiting[-1].weight
         self._work.set()
         if self.blocked and not self._was_blocked:
             self._was_blocked = True
-            self.on_blocked()
+            self._holds.hold(SPOOL_BLOCKED)
 
     async def run(self) -> None:
         """Write until cancelled; a write that is under way then is abandoned."""
@@ -107,7 +105,7 @@ class SpoolWriter:
             if not await self._write_batch() and self.fault:
                 await trio.sleep(RETRY_S)
                 async with self._writing:
-                    self._offer_again()
+                    self._offer_some_again()
 
     async def flush(self, deadline: float) -> int:
         """Write everything that waits until ``deadline`` (Trio's seconds), unless the disk takes nothing.
@@ -127,7 +125,7 @@ class SpoolWriter:
         Where no thread can be had nothing is written, or with ``at_once`` this one writes, and all else waits for it.
         """
         async with self._writing:
-            batch: list[_Waiting] = []
+            batch: list[Waiting] = []
             size = 0
             for waiting in islice(self._waiting, self._batch_records):
                 if batch and size + waiting.weight > BATCH_BYTES:
@@ -149,7 +147,7 @@ class SpoolWriter:
             for waiting in batch:
                 self._waiting.popleft()
                 self._waiting_bytes -= waiting.weight
-                waiting.done()
+                self._written(waiting.message)
             self._check()
             return True
 
@@ -161,14 +159,12 @@ class SpoolWriter:
                 raise
             self._spool.append(records)
 
-    def _offer_again(self) -> None:
+    def _offer_some_again(self) -> None:
         """Kafka may take what the disk does not: offer it the first records."""
         for _ in range(min(len(self._waiting), AGAIN_RECORDS) if self.fault else 0):
             waiting = self._waiting.popleft()
             self._waiting_bytes -= waiting.weight
-            try:
-                waiting.again()
-            except QueueFull:
+            if not self._offer_again(waiting.message):
                 self._waiting.appendleft(waiting)
                 self._waiting_bytes += waiting.weight
                 break
@@ -180,181 +176,24 @@ class SpoolWriter:
             self.fault = ""
         if self._was_blocked and not self.blocked:
             self._was_blocked = False
-            self.on_unblocked()
+            self._holds.release(SPOOL_BLOCKED)
 
 
-class SegmentReplay:
-    """How far one segment has come."""
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-        self.unsettled = 0
-        """Records on their way."""
-        self.damaged = False
-        self._all_offered = False
-        self._kept = False
-        self.settled = trio.Event()
-        """Every record is confirmed by Kafka, or in a newer segment."""
-
-    def settle(self) -> None:
-        """One record is settled."""
-        self.unsettled -= 1
-        self._check()
-
-    def keep(self) -> None:
-        """One record is waited for no longer: it stays in the segment, and so the segment stays."""
-        self.unsettled -= 1
-        self._kept = True
-
-    def all_offered(self) -> None:
-        """No more records will be offered."""
-        self._all_offered = True
-        self._check()
-
-    def _check(self) -> None:
-        if self._all_offered and not self.unsettled and not self._kept:
-            self.settled.set()
-
-
-@dataclass(frozen=True, slots=True)
-class SpooledOrigin:
-    """The `Origin` of a record that comes from the spool: nobody is told, its segment is.
-
-    When Kafka's confirmation is not waited for any longer, the record is not spooled again: it still is.
-    """
-
-    connection_id: str
-    principal: Principal
-    path: str
-    segment: SegmentReplay
-
-    @property
-    def backlog(self) -> int:
-        """What waits is the record itself."""
-        return 0
-
-    def settle(self, index: int) -> None:
-        """The record is settled."""
-        self.segment.settle()
-
-    def note_rejected(self, reason: str, index: int) -> None:
-        """There is nobody to tell."""
-
-    def wait_alone(self) -> None:
-        """There is nobody to wait: the record itself does."""
-
-    def go_on(self) -> None:
-        """See `wait_alone`."""
-
-    def keep(self) -> None:
-        """The record is given up here: the spool still has it."""
-        self.segment.keep()
-
-
-def _chunk(records: Iterator[Record]) -> list[Record]:
-    """The next records, none at the end."""
-    chunk: list[Record] = []
-    size = 0
-    for record in islice(records, READ_RECORDS):
-        chunk.append(record)
-        size += len(record.value)
-        if size >= READ_BYTES:
-            break
-    return chunk
-
-
-class Replay:
-    """Sends the old segments of a spool. `run` once, before new traffic."""
-
-    def __init__(self, spool: Spool, delivery: Delivery, counters: Counters, log: Log) -> None:
-        self._spool = spool
-        self._delivery = delivery
-        self._counters = counters
-        self._log = log
-        self._offering = trio.CancelScope()
-        self._under_way: list[SegmentReplay] = []
-        self.waiting = bool(spool.old)
-        """True until every record has been handed to the producer."""
-
-    @property
-    def unsettled(self) -> int:
-        """Records handed to the producer that Kafka has not confirmed: they are still in the spool."""
-        return sum(replay.unsettled for replay in self._under_way)
-
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Offer everything, report started, then wait for Kafka and delete each segment it has confirmed.
-
-        Cancelled or stopped, it leaves segments that are not wholly confirmed, to be sent again.
-        """
-        async with trio.open_nursery() as nursery:
-            if not self._offering.cancel_called:
-                with self._offering:
-                    for segment in self._spool.old:
-                        await self._offer(segment, nursery)
-                    self.waiting = False
-            task_status.started()
-
-    def stop(self) -> None:
-        """Offer nothing more."""
-        self._offering.cancel()
-
-    async def tidy(self) -> None:
-        """Wait until every segment that is confirmed is deleted."""
-        while any(replay.settled.is_set() for replay in self._under_way):  # noqa: ASYNC110  # `_finish` is no event
-            await trio.sleep(ROOM_S)
-
-    async def _offer(self, segment: Segment, nursery: trio.Nursery) -> None:
-        replay = SegmentReplay(segment)
-        self._under_way.append(replay)
-        records = segment.read()
-        count = 0
-        try:
-            while chunk := await self._in_thread(_chunk, records):
-                for record in chunk:
-                    await self._offer_record(record, replay)
-                    count += 1
-            fault_at = await self._in_thread(segment.fault_at)
-        except OSError as error:
-            self._log.error("spool segment unreadable, left where it is", segment=str(segment.path), error=str(error))
-            return
-        if fault_at is not None:
-            replay.damaged = True
-            self._log.error("spool segment damaged", segment=str(segment.path), records=count, fault_at=fault_at)
-        self._log.info("spool segment offered to Kafka", segment=str(segment.path), records=count)
-        replay.all_offered()
-        nursery.start_soon(self._finish, replay)
-
-    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
-        """Run it in a thread, as soon as there is one."""
-        while True:
-            try:
-                return await in_thread(call, *arguments)
-            except NoThread as error:
-                self._log.error("the spool waits", error=str(error))
-                await trio.sleep(RETRY_S)
-
-    async def _offer_record(self, record: Record, replay: SegmentReplay) -> None:
-        principal = Principal(record.user_id, record.company_id, "", 0.0)
-        origin = SpooledOrigin(record.connection_id, principal, record.path, replay)
-        while True:
-            replay.unsettled += 1
-            try:
-                self._delivery.replay(record, origin)
-            except QueueFull:
-                replay.unsettled -= 1
-                await trio.sleep(ROOM_S)
-            else:
-                self._counters.replayed += 1
-                return
-
-    async def _finish(self, replay: SegmentReplay) -> None:
-        """Delete a segment when all of it is settled."""
-        await replay.settled.wait()
-        segment = replay.segment
-        try:
-            await self._in_thread(partial(segment.finish, damaged=replay.damaged))
-        except OSError as error:
-            self._log.error("spool segment sent and not deleted", segment=str(segment.path), error=str(error))
-        else:
-            self._log.info("spool segment sent", segment=str(segment.path))
-        self._under_way.remove(replay)
+def record_of(message: Message) -> Record:
+    """What the spool keeps of a message."""
+    principal = message.sender.principal
+    return Record(
+        topic=message.topic,
+        key=message.key,
+        value=message.value,
+        original_bytes=message.size,
+        headers=message.headers,
+        user_id=principal.user_id,
+        company_id=principal.company_id,
+        message_type=message.tally.message_type,
+        path=message.sender.path,
+        connection_id=message.sender.connection_id,
+        received_at_ms=message.arrived_at_ms,
+        reason=message.given_up or REASON_OTHER,
+        uncertain=message.uncertain,
+    )

@@ -1,0 +1,358 @@
+"""Builds a daemon: the only place that makes concrete objects of the parts and joins them.
+
+What blocks, and can be interrupted, comes first: `read` loads what the settings name. `kafka_side` and `websocket_side`
+then build the two sides as contexts, so that what was taken is given back on every way out, and `assemble` joins them.
+``gateway spool replay`` has a Kafka side alone; ``gateway check-config`` only reads.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from gateway import config
+from gateway.config import keys
+from gateway.config.tls import check_tls, tls_context
+from gateway.core.admission import AddressRate, Admission
+from gateway.core.books import Books
+from gateway.core.origins import OriginRules
+from gateway.core.progress import Progress
+from gateway.daemon.announce import Addresses
+from gateway.daemon.flow import Flow
+from gateway.daemon.lifecycle import Lifecycle
+from gateway.errors import ConfigError, GatewayError
+from gateway.kafka.producer import KafkaProducer
+from gateway.kafka.properties import check_properties
+from gateway.ops import serve
+from gateway.ops.status import Status
+from gateway.router.delivery import Delivery
+from gateway.router.endpoint import Gatekeeper
+from gateway.router.session import SessionContext
+from gateway.router.sessions import Sessions
+from gateway.router.spool.replay import Replay
+from gateway.router.spool.segments import Spool
+from gateway.telemetry.logging import RateLimited
+from gateway.ws.connection import ConnectionLimits
+from gateway.ws.endpoints import Endpoint, Endpoints, PathTemplate
+from gateway.ws.heartbeat import Heartbeat
+from gateway.ws.listener import Listener
+from gateway.ws.readiness import SAMPLE_MASK, Readiness
+from gateway.ws.sockets import in_url, open_listening_sockets
+from gateway.ws.upgrade import Upgrade
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Collection, Iterator
+
+    from gateway.config import Settings
+    from gateway.config.promises import Property
+    from gateway.core.credentials import TokenRules
+    from gateway.core.holds import Holds
+    from gateway.telemetry.logging import Log
+    from gateway.telemetry.metrics import Metrics
+
+VERSION: Final = version("gateway")
+ROUTING_BUCKETS_S: Final = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class Materials:
+    """What the settings name, read and checked."""
+
+    rules: TokenRules
+    tls: ssl.SSLContext | None
+    properties: dict[str, Property]
+    """librdkafka's, secrets included."""
+
+
+def read(settings: Settings, log: Log) -> Materials:
+    """Read everything that the settings name; keys that are of no use are logged. Raises ConfigError.
+
+    Blocks as long as the files do.
+    """
+    config.check_descriptors(settings.listen.max_connections)
+    return Materials(token_rules(settings, log), tls_context(settings.tls), config.kafka_properties(settings.kafka))
+
+
+def token_rules(settings: Settings, log: Log) -> TokenRules:
+    """Read the keys; those that are of no use are logged. Raises ConfigError."""
+    skipped: list[str] = []
+    rules = keys.token_rules(settings.auth, skipped)
+    for reason in skipped:
+        log.warning("key left out", reason=reason)
+    return rules
+
+
+def check(settings: Settings, skipped: list[str], unseen: Collection[str] = ()) -> None:
+    """Raise ConfigError with every fault that `read` and the start would meet one by one.
+
+    Files of ``unseen`` settings are left out. Keys that are of no use are added to ``skipped``. Connects to nothing.
+    """
+    checks: list[Callable[[], object]] = [
+        lambda: keys.token_rules(settings.auth, skipped, unseen),
+        lambda: check_tls(settings.tls, unseen),
+        lambda: config.check_descriptors(settings.listen.max_connections),
+        lambda: check_properties(config.kafka_properties(settings.kafka, unseen)),
+    ]
+    faults: list[str] = []
+    for one in checks:
+        try:
+            one()
+        except GatewayError as error:
+            faults += str(error).splitlines()
+    if faults:
+        raise ConfigError(faults)
+
+
+def limited(write: Callable[..., None]) -> RateLimited:
+    """A log method for lines that clients can cause."""
+    return RateLimited(write, trio.current_time)
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaSide:
+    """From a message that was judged to Kafka or to the disk."""
+
+    producer: KafkaProducer
+    delivery: Delivery
+    books: Books
+    replay: Replay | None
+
+    async def run(self) -> None:
+        """Poll, renew and spool until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.producer.run)
+            if self.delivery.spool is not None:
+                nursery.start_soon(self.delivery.spool.run)
+
+
+@contextmanager
+def kafka_side(
+    settings: Settings,
+    properties: dict[str, Property],
+    metrics: Metrics,
+    log: Log,
+    *,
+    directory: Path | None,
+    holds: Holds | None = None,
+) -> Iterator[KafkaSide]:
+    """The Kafka side, with the spool in ``directory`` if there is one; the spool is given back at the end.
+
+    Raises StartupError and SpoolError.
+    """
+    producer = KafkaProducer(settings.kafka.bootstrap_servers, properties, metrics, log, holds)
+    books = Books()
+    spool = None if directory is None else Spool(directory, settings.spool.max_bytes)
+    try:
+        delivery = Delivery(
+            producer,
+            settings.table,
+            books,
+            metrics,
+            gateway=f"{platform.node()}/{VERSION}",
+            log_failed=limited(log.error),
+            log_spool=limited(log.error),
+            spool=spool,
+            holds=holds,
+        )
+        replay = None if spool is None else Replay(spool, delivery.replay, metrics, log)
+        yield KafkaSide(producer, delivery, books, replay)
+    finally:
+        if spool is not None:
+            spool.close()
+
+
+@dataclass(frozen=True, slots=True)
+class WebSocketSide:
+    """From a socket to a message that was judged."""
+
+    admission: Admission
+    gatekeeper: Gatekeeper
+    readiness: Readiness
+    sessions: Sessions
+    heartbeat: Heartbeat
+    listener: Listener
+
+
+@contextmanager
+def websocket_side(
+    settings: Settings,
+    materials: Materials,
+    kafka: KafkaSide,
+    readiness: Readiness,
+    flow: Flow,
+    metrics: Metrics,
+    log: Log,
+) -> Iterator[WebSocketSide]:
+    """The WebSocket side, listening; its sockets are given back at the end. Raises StartupError."""
+    listen, session = settings.listen, settings.session
+    routing_s = metrics.histogram(
+        "gateway_routing_seconds",
+        "One read, from its recv to the produce of the last message it brought.",
+        ROUTING_BUCKETS_S,
+    )
+    readiness.time_turns(lambda duration_s: routing_s.observe(duration_s, SAMPLE_MASK + 1))
+    admission = Admission(
+        listen.max_connections,
+        AddressRate(listen.handshakes_per_address_per_s, listen.handshakes_per_address_burst),
+    )
+    gatekeeper = Gatekeeper(materials.rules, allow_query_token=settings.auth.allow_query_token)
+    context = SessionContext(
+        readiness=readiness,
+        delivery=kafka.delivery,
+        ack_interval_ms=session.ack_interval_ms,
+        reconnect_window_ms=settings.drain.reconnect_window_ms,
+        leeway_s=lambda: gatekeeper.leeway_s,
+        notify=lambda speaker: heartbeat.notify(speaker),
+        log_rejected=limited(log.info),
+        log_crash=limited(log.error),
+    )
+    sessions = Sessions(context, admission, kafka.books, metrics)
+    flow.attach(sessions)
+    heartbeat = Heartbeat(sessions, notices_s=session.ack_interval_ms / 1000, after_sweep=flow.look)
+    endpoint = Endpoint(
+        name="mt5",
+        path=PathTemplate(listen.path),
+        limits=connection_limits(settings),
+        origins=OriginRules(frozenset(listen.allowed_origins), listen.public_origin),
+        authorise=gatekeeper.authorise,
+        open=sessions.open,
+    )
+    sockets = open_listening_sockets(
+        "listen",
+        listen.host,
+        listen.port,
+        backlog=listen.backlog,
+        reuse_port=listen.reuse_port,
+        prepare=_without_delay,
+    )
+    try:
+        listener = Listener(
+            sockets,
+            upgrade=Upgrade(Endpoints([endpoint]), admission),
+            readiness=readiness,
+            tls_context=materials.tls,
+            handshake_timeout_s=listen.handshake_timeout_s,
+            max_connections=listen.max_connections,
+            max_pending_per_address=listen.max_pending_per_address,
+            metrics=metrics,
+            log_refused=limited(log.info),
+            log_crash=limited(log.error),
+        )
+        yield WebSocketSide(admission, gatekeeper, readiness, sessions, heartbeat, listener)
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def _without_delay(sock: socket.socket) -> None:
+    # Accepted sockets inherit it; pongs and notices are small and must not wait for an ACK.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def connection_limits(settings: Settings) -> ConnectionLimits:
+    """The bounds of one connection."""
+    session = settings.session
+    return ConnectionLimits(
+        max_message_bytes=settings.listen.max_message_bytes,
+        max_controls_per_s=session.max_controls_per_s,
+        max_unsent_bytes=session.max_unsent_bytes,
+        unsent_timeout_s=session.unsent_timeout_s,
+        ping_interval_s=session.ping_interval_s,
+        idle_timeout_s=session.idle_timeout_s,
+        close_timeout_s=session.close_timeout_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """All parts of one daemon, joined."""
+
+    settings: Settings
+    metrics: Metrics
+    log: Log
+    lifecycle: Lifecycle
+    progress: Progress
+    flow: Flow
+    kafka: KafkaSide
+    ws: WebSocketSide
+    status: Status
+    sidecar_sockets: list[socket.socket]
+    secured: bool
+    """Whether clients connect over TLS."""
+
+    def addresses(self, sidecar_port: int) -> Addresses:
+        """Where it is found, now that it listens."""
+        listen, sidecar = self.settings.listen, self.settings.sidecar
+        scheme = "wss" if self.secured else "ws"
+        return Addresses(
+            listen=f"{scheme}://{in_url(listen.host)}:{self.ws.listener.port}{listen.path}",
+            sidecar=f"http://{in_url(sidecar.host)}:{sidecar_port}",
+            kafka=self.settings.kafka.bootstrap_servers,
+        )
+
+
+@contextmanager
+def assemble(
+    settings: Settings, materials: Materials, metrics: Metrics, log: Log, *, embedded: bool = False
+) -> Iterator[Daemon]:
+    """All parts of a daemon, listening and doing nothing yet (`gateway.daemon.run`). Raises StartupError, SpoolError.
+
+    ``embedded`` says that the Kafka is the mock of `gateway.kafka.embedded`.
+    """
+    properties = dict(materials.properties)
+    if embedded:  # the mock has no other way to make one
+        properties["allow.auto.create.topics"] = True
+    lifecycle, progress = Lifecycle(), Progress()
+    readiness = Readiness(settings.listen.max_held_bytes)
+    flow = Flow(readiness, progress)
+    directory = None if settings.spool.directory is None else Path(settings.spool.directory)
+    with (
+        closing(readiness),
+        kafka_side(settings, properties, metrics, log, directory=directory, holds=flow) as kafka,
+        websocket_side(settings, materials, kafka, readiness, flow, metrics, log) as ws,
+    ):
+        for message_type in settings.routes.topics:
+            kafka.books.tally("", message_type)
+        status = Status(
+            state=lambda: lifecycle.state.value,
+            producer=kafka.producer,
+            books=kafka.books,
+            sessions=ws.sessions,
+            holds=lambda: flow.names,
+            spool=kafka.delivery.spool,
+            replay=kafka.replay,
+            spool_directory=settings.spool.directory,
+            bootstrap_servers=settings.kafka.bootstrap_servers,
+            version=VERSION,
+            progress=progress,
+        )
+        status.declare(metrics)
+        sidecar = settings.sidecar
+        sidecar_sockets = open_listening_sockets(
+            "sidecar", sidecar.host, sidecar.port, backlog=serve.BACKLOG, prepare=serve.prepare
+        )
+        try:
+            yield Daemon(
+                settings,
+                metrics,
+                log,
+                lifecycle,
+                progress,
+                flow,
+                kafka,
+                ws,
+                status,
+                sidecar_sockets,
+                secured=materials.tls is not None,
+            )
+        finally:
+            for sock in sidecar_sockets:
+                sock.close()
