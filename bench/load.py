@@ -27,6 +27,8 @@ from urllib.parse import urlsplit
 
 from confluent_kafka import Consumer, TopicPartition
 
+from gateway.testing.figures import percentile
+from gateway.testing.rawclient import frame as client_frame
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
 STAMP: Final = struct.Struct("<QII")  # made at (ns), client, number
@@ -60,14 +62,7 @@ def envelope(user: str, company: str, size: int) -> tuple[bytes, int]:
 
 def frame(payload: bytes) -> bytes:
     """A masked binary client frame whose masking key is zero."""
-    length = len(payload)
-    if length < 126:
-        head = bytes((0x82, 0x80 | length))
-    elif length < 65536:
-        head = struct.pack("!BBH", 0x82, 0x80 | 126, length)
-    else:
-        head = struct.pack("!BBQ", 0x82, 0x80 | 127, length)
-    return head + bytes(4) + payload
+    return client_frame(0x2, payload, mask=bytes(4))
 
 
 def user_of(client: int, users: int) -> str:
@@ -511,28 +506,23 @@ class Account:
         waits = sorted(self._waits_ms)
         seconds = (self._window[1] - self._window[0]) / 1e9
 
-        def percentile(share: float) -> float:
-            return at_share(ordered, share) / 1e6
+        def delay_ms(share: float) -> float:
+            return percentile(ordered, share) / 1e6
 
         return {
             "total": self.total,
             "duplicated": self.duplicated,
             "missing_or_out_of_order": self.out_of_order,
             "rate": self._in_window / seconds if seconds else 0.0,
-            "p50_ms": percentile(0.50),
-            "p99_ms": percentile(0.99),
-            "p999_ms": percentile(0.999),
-            "max_ms": percentile(1.0),
-            "percentiles_ms": [[share, percentile(share)] for share in SHARES],
-            "wait_percentiles_ms": [[share, at_share(waits, share)] for share in SHARES],
-            "wait_p50_ms": at_share(waits, 0.50),
-            "wait_p99_ms": at_share(waits, 0.99),
+            "p50_ms": delay_ms(0.50),
+            "p99_ms": delay_ms(0.99),
+            "p999_ms": delay_ms(0.999),
+            "max_ms": delay_ms(1.0),
+            "percentiles_ms": [[share, delay_ms(share)] for share in SHARES],
+            "wait_percentiles_ms": [[share, percentile(waits, share)] for share in SHARES],
+            "wait_p50_ms": percentile(waits, 0.50),
+            "wait_p99_ms": percentile(waits, 0.99),
         }
-
-
-def at_share(ordered: list[int], share: float) -> float:
-    """The value that ``share`` of the sorted values do not exceed, nan of nothing."""
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ from gateway.telemetry.logging import Log, RateLimited
 from gateway.telemetry.metrics import Metrics
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.ws import request
-from gateway.ws.connection import Connection, ConnectionLimits
+from gateway.ws.connection import Connection
 from gateway.ws.endpoints import Granted
 from gateway.ws.frames import Decoder
+from gateway.ws.handler import ConnectionLimits
 from gateway.ws.readiness import Readiness
 
 LIMITS = ConnectionLimits(65_536, 20, 65_536, 8.0, 20.0, 40.0, 5.0)

@@ -23,7 +23,8 @@ from bench.load import open_all, user_of
 from gateway import config
 from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
 from gateway.daemon.announce import Addresses
-from gateway.daemon.assemble import Daemon, assemble, read
+from gateway.daemon.assemble import Daemon, assemble
+from gateway.daemon.materials import read
 from gateway.daemon.run import run
 from gateway.kafka.embedded import EmbeddedKafka
 from gateway.telemetry.logging import Log

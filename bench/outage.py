@@ -25,6 +25,7 @@ from bench.ingest import COLD_BROKER, COMPANY, TOPIC, Cores, Helper
 from bench.load import user_of
 from gateway.client import connect
 from gateway.testing.daemon import Daemon
+from gateway.testing.figures import percentile
 from gateway.testing.kafka import ApacheKafka, KafkaUnavailable, create_topics
 
 SAMPLE_S = 0.2
@@ -69,25 +70,39 @@ async def sample(daemon: Daemon, timeline: Timeline) -> None:
         await trio.sleep(max(0.0, SAMPLE_S - (timeline.now() - at)))
 
 
-async def probe(daemon: Daemon, number: int, timeline: Timeline, stop: trio.Event) -> None:
-    """One acked client: note for each message how long its ack took."""
-    sent_at: list[float] = []
-    acked = 0
+class Delays:
+    """Notes for each message of one client how long its ack took."""
 
-    def on_ack(count: int) -> None:
-        nonlocal acked
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self.sent_at: list[float] = []
+        self.acked = 0
+
+    def take_ack(self, count: int) -> None:
+        """The first ``count`` messages are settled."""
         now = time.monotonic()
-        timeline.ack_delays += [(at - timeline.began, (now - at) * 1000) for at in sent_at[acked:count]]
-        acked = count
+        delays = [(at - self._timeline.began, (now - at) * 1000) for at in self.sent_at[self.acked : count]]
+        self._timeline.ack_delays += delays
+        self.acked = count
 
+    def take_rejected(self, count: int) -> None:
+        """None is."""
+
+    def take_recovered(self) -> None:
+        """It sends on anyway."""
+
+
+async def probe(daemon: Daemon, number: int, timeline: Timeline, stop: trio.Event) -> None:
+    """One acked client."""
+    delays = Delays(timeline)
     async with connect(daemon.url, daemon.token(f"probe-{number}", COMPANY)) as client:
-        client.on_ack = on_ack
+        client.tell(delays)
         while not stop.is_set():
-            sent_at.append(time.monotonic())
+            delays.sent_at.append(time.monotonic())
             await client.send(client.envelope("user_event", b"probe", 0))
             await trio.sleep(PROBE_S)
         with trio.move_on_after(30):
-            while acked < len(sent_at):  # noqa: ASYNC110  # `on_ack` is no event
+            while delays.acked < len(delays.sent_at):  # noqa: ASYNC110  # its acks are no events
                 await trio.sleep(0.05)
 
 
@@ -130,12 +145,6 @@ def rates(timeline: Timeline, name: str, window_s: float = 1.0) -> list[tuple[fl
         if sample is not begin:
             found.append((sample["at"], (sample[name] - begin[name]) / (sample["at"] - begin["at"])))
     return found
-
-
-def percentile(values: list[float], share: float) -> float:
-    """A percentile, nan of nothing."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
 
 
 def judge(timeline: Timeline, offered: float) -> dict[str, Any]:

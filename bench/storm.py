@@ -14,8 +14,9 @@ import sys
 from typing import Any
 
 from bench.ingest import COMPANY, Cores, Helper
-from bench.load import at_share, user_of
+from bench.load import user_of
 from gateway.testing.daemon import Daemon
+from gateway.testing.figures import percentile
 
 
 def rush(daemon: Daemon, options: argparse.Namespace, cores: Cores, at_once: int) -> tuple[dict[str, Any], Helper]:
@@ -33,8 +34,8 @@ def rush(daemon: Daemon, options: argparse.Namespace, cores: Cores, at_once: int
         "all_in_s": opened["seconds"],
         "handshakes_per_s": options.clients / opened["seconds"],
         "cpu_us_per_handshake": (daemon.cpu_s() - cpu) / options.clients * 1e6,
-        "admitted_p50_ms": at_share(after_ms, 0.5),
-        "admitted_p99_ms": at_share(after_ms, 0.99),
+        "admitted_p50_ms": percentile(after_ms, 0.5),
+        "admitted_p99_ms": percentile(after_ms, 0.99),
         "refused": sum(opened["refusals"].values()),
         "refusals": opened["refusals"],
     }, helper

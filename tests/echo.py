@@ -18,9 +18,9 @@ from gateway.core.origins import OriginRules
 from gateway.telemetry.logging import RateLimited
 from gateway.telemetry.metrics import Metrics
 from gateway.ws import frames
-from gateway.ws.connection import Connection, ConnectionLimits
 from gateway.ws.endpoints import Asked, Endpoint, Endpoints, Granted, PathTemplate
 from gateway.ws.frames import Payload
+from gateway.ws.handler import ConnectionLimits, Link
 from gateway.ws.listener import Listener
 from gateway.ws.readiness import Readiness
 from gateway.ws.sockets import open_listening_sockets
@@ -42,9 +42,9 @@ class Echo:
     """Sends every message back as it came."""
 
     def __init__(self) -> None:
-        self.connection: Connection | None = None
+        self.connection: Link | None = None
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: Link) -> None:
         self.connection = connection
 
     def received(self, messages: Sequence[Payload]) -> None:

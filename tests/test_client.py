@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from gateway.client import Backoff, Connection, _delay_or_raise, open_client
+from gateway.client import Backoff, Connection, open_client
+from gateway.client.backoff import delay_or_raise
 from gateway.errors import ConfigError, ConnectionLost, HandshakeRejected
 from gateway.testing.daemon import Daemon
 
@@ -127,12 +128,12 @@ def test_delays_never_vanish_and_final_answers_are_final() -> None:
     closed = Connection.__new__(Connection)
     closed.closing = {"reconnect_after_ms": 0}
     backoff = Backoff()
-    delays = [_delay_or_raise(ConnectionLost(1008), closed, backoff) for _ in range(5)]
+    delays = [delay_or_raise(ConnectionLost(1008), closed, backoff) for _ in range(5)]
     assert delays[0] >= 0.25
     assert delays[4] >= 4
     closed.closing = {"reconnect_after_ms": 60_000}
-    assert _delay_or_raise(ConnectionLost(1012), closed, backoff) == 60.0
-    assert _delay_or_raise(HandshakeRejected(503, "draining", 90.0), None, backoff) == 90.0
+    assert delay_or_raise(ConnectionLost(1012), closed, backoff) == 60.0
+    assert delay_or_raise(HandshakeRejected(503, "draining", 90.0), None, backoff) == 90.0
     for error in (ConnectionLost(1009), ConnectionLost(1015), HandshakeRejected(403, "x"), HandshakeRejected(401, "x")):
         with pytest.raises(type(error)):
-            _delay_or_raise(error, None, backoff)
+            delay_or_raise(error, None, backoff)

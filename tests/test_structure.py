@@ -110,3 +110,60 @@ def test_no_circle_of_imports_not_even_behind_type_checking() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+LONG_FUNCTION: int = 40
+LONG_MODULE: int = 300
+REASON = "# long:"
+"""What stands behind a function's first line, or in a module, with the reason why it is longer."""
+
+
+def test_long_functions_and_modules_say_why() -> None:
+    found = []
+    for name, path in modules():
+        lines = path.read_text().splitlines()
+        if len(lines) > LONG_MODULE and not any(line.startswith(REASON) for line in lines):
+            found.append(f"{name}: {len(lines)} lines")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _length(node) > LONG_FUNCTION:
+                head = lines[node.lineno - 1 : node.body[0].lineno]
+                if not any(REASON in line for line in head):
+                    found.append(f"{name}.{node.name}: {_length(node)} lines")
+    assert not found, "\n".join(found)
+
+
+def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function's code, without its signature and its docstring."""
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body and body[-1].end_lineno else 0
+
+
+HOT = "# hot:"
+THEIR_OWN = {
+    "client/sender.py": {"message", "self._unacked"},
+    "config/tls.py": {"context"},
+    "daemon/lifecycle.py": {"self.state"},
+    "daemon/workers.py": {"self._starting"},
+    "ops/serve.py": {"config", "hypercorn"},
+}
+"""Objects of protobuf, ssl, trio-util and hypercorn, which are set up by setting attributes."""
+
+
+def test_nobody_outside_a_class_sets_its_attributes() -> None:
+    """But for the hot paths, which say so in their function."""
+    found = []
+    for name, path in modules():
+        text = path.read_text()
+        lines = text.splitlines()
+        theirs = THEIR_OWN.get(str(path.relative_to(PACKAGE)), set())
+        for function in ast.walk(ast.parse(text)):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or function.name == "__new__":
+                continue
+            if any(HOT in line for line in lines[function.lineno - 1 : function.end_lineno]):
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+                    owner = node.value.id if isinstance(node.value, ast.Name) else ast.unparse(node.value)
+                    if owner not in {"self", "cls", *theirs}:
+                        found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    assert not found, "\n".join(sorted(set(found)))

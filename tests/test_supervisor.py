@@ -155,7 +155,7 @@ async def test_worker_that_cannot_be_started_is_tried_again(start: Start, tmp_pa
     program = tmp_path / "program"
     async with start(command=[str(program)]) as parent:
         with trio.fail_after(20):
-            while parent.supervisor._restarts < 2:
+            while parent.supervisor.host.restarts < 2:
                 await trio.sleep(0.02)
         script = STAND_IN.format(home=str(tmp_path), cut=False, waits=False)
         written = tmp_path / "written"
@@ -177,14 +177,14 @@ async def test_worker_that_hangs_is_not_ready_then_killed_and_started_again(
     async with start() as parent:
         await parent.wait_for("asked-0")
         with trio.fail_after(20):
-            while parent.supervisor._reasons():
+            while parent.supervisor.host.reasons():
                 await trio.sleep(0.02)
         os.kill(parent.pid(0), signal.SIGSTOP)
         with trio.fail_after(20):
-            while parent.supervisor._reasons() != ["worker 0: does not answer"]:
+            while parent.supervisor.host.reasons() != ["worker 0: does not answer"]:
                 await trio.sleep(0.02)
         await parent.wait_for("asked-1")
-        assert parent.supervisor._restarts == 1
+        assert parent.supervisor.host.restarts == 1
     assert not parent.supervisor.failed
 
 
@@ -197,7 +197,7 @@ async def test_reload_waits_for_a_worker_that_is_still_starting(start: Start) ->
                 await trio.sleep(0.02)
         (parent.home / "go").touch()
         await parent.wait_for("reloaded-0")
-        assert parent.supervisor._restarts == 0
+        assert parent.supervisor.host.restarts == 0
 
 
 async def test_drain_while_workers_are_starting_is_no_failure(start: Start) -> None:

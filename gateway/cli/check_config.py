@@ -22,7 +22,7 @@ def check_config(file: Path, /, *, sets: Set = ()) -> int:
         Settings over it, as SECTION.KEY=VALUE.
     """
     from gateway import config
-    from gateway.daemon.assemble import check
+    from gateway.daemon.materials import check
 
     unseen: dict[str, str] = {}
     settings = config.load(file, flags_of(sets), unseen=unseen)

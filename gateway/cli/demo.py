@@ -30,7 +30,7 @@ def demo(
     seconds
         How long they send.
     """
-    from gateway.demo import run_demo
+    from gateway.demo.run import run_demo
     from gateway.running import run
 
     return run(partial(run_demo, ticks=ticks, clients=clients, rate=rate, seconds=seconds))

@@ -128,7 +128,7 @@ def _serve(
     """Read what the settings name, which may be slow files and can be interrupted, then run a daemon."""
     from contextlib import ExitStack
 
-    from gateway.daemon.assemble import read
+    from gateway.daemon.materials import read
     from gateway.daemon.signals import hold_signals
     from gateway.kafka.embedded import EmbeddedKafka
     from gateway.running import run
@@ -227,7 +227,8 @@ def _serve_with_workers(
     """Check everything once, for all workers, then run their parent."""
     from contextlib import ExitStack
 
-    from gateway.daemon.assemble import VERSION, check
+    from gateway.daemon.assemble import VERSION
+    from gateway.daemon.materials import check
     from gateway.daemon.signals import hold_signals
     from gateway.daemon.workers import Supervisor
     from gateway.kafka.embedded import EmbeddedKafka

@@ -15,7 +15,7 @@ from gateway.errors import ConfigError, SpoolError
 
 if TYPE_CHECKING:
     from gateway.config import Settings
-    from gateway.router.spool.segments import Record
+    from gateway.router.spool.records import Record
 
 app = cyclopts.App(name="spool", help="The spool: records that Kafka has not taken yet.")
 

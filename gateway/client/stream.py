@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from gateway.client import open_client
+from gateway.client.sender import open_client
 from gateway.client.ticks import batches, read
 from gateway.v1.ticks_pb2 import BatchTickData
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from gateway.v1.ticks_pb2 import Tick
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Summary:
-    """What a stream has done so far."""
+    """What a stream has done."""
 
-    ticks: int = 0
-    messages: int = 0
-    rejected: int = 0
-    resent: int = 0
-    reconnects: int = 0
-    seconds: float = 0.0
+    ticks: int
+    messages: int
+    rejected: int
+    resent: int
+    reconnects: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ async def stream(
     Reconnects and sends again what was not acked: at least once, in order. Raises BadTicks, and ClientError for a
     refusal that another attempt would meet again.
     """
-    summary = Summary()
+    ticks_sent = messages = 0
     began = time.monotonic()
     # Closed here and now, not when the collector finds the generator of a stream that was refused.
     with closing(read(path)) as ticks:
@@ -94,10 +94,13 @@ async def stream(
             for due_s, batch in pace.schedule(ticks, account or ""):
                 await trio.sleep(max(0.0, began + due_s - time.monotonic()))
                 await client.send("tick_data", batch.SerializeToString())
-                summary.messages += 1
-                summary.ticks += len(batch.ticks)
-    summary.rejected = client.rejected
-    summary.resent = client.resent
-    summary.reconnects = client.reconnects
-    summary.seconds = time.monotonic() - began
-    return summary
+                messages += 1
+                ticks_sent += len(batch.ticks)
+    return Summary(
+        ticks=ticks_sent,
+        messages=messages,
+        rejected=client.rejected,
+        resent=client.resent,
+        reconnects=client.reconnects,
+        seconds=time.monotonic() - began,
+    )

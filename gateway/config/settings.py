@@ -27,6 +27,8 @@ from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Route
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# long: every setting there is, with its bounds
+
 ENV_PREFIX: Final = "GATEWAY_"
 COPIES: Final = 2
 """How often a value is held until Kafka has confirmed it: by librdkafka, and here, for what a failure makes of it."""

@@ -98,6 +98,10 @@ class _Company:
     connections: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)
 
+    def count(self, change: int) -> None:
+        """``change`` connections more, or less."""
+        self.connections += change
+
     @property
     def unbalanced(self) -> bool:
         """Whether either equation fails, for any type."""
@@ -125,11 +129,11 @@ class Books:
 
     def open(self, company_id: str) -> None:
         """Note one more connection of ``company_id``."""
-        self._companies.setdefault(company_id, _Company()).connections += 1
+        self._companies.setdefault(company_id, _Company()).count(1)
 
     def close(self, company_id: str) -> None:
         """Note one connection of ``company_id`` less."""
-        self._companies[company_id].connections -= 1
+        self._companies[company_id].count(-1)
 
     def tally(self, company_id: str, message_type: str) -> Tally:
         """The tally to count into; valid while the company is connected or has messages in flight."""

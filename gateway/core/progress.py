@@ -36,6 +36,19 @@ class _Type:
     moved_at: float = 0.0
     """When something was last settled, or nothing was in flight."""
 
+    def note_settled(self, settled: int, now: float) -> None:
+        """Something was settled, or nothing is waited for."""
+        self.settled, self.moved_at = settled, now
+
+    def note_refused(self, refusals: int, now: float) -> None:
+        """So many have been refused so far."""
+        if refusals != self.refusals:
+            self.refusals, self.refused_at = refusals, now
+
+    def note_taken(self, delivered: int, refused: int) -> None:
+        """Kafka takes something, or nobody knows better any more: refusals are counted from here."""
+        self.delivered, self.refused = delivered, refused
+
 
 class Progress:
     """What `look` saw so far. ``reasons`` are why the gateway is not ready."""
@@ -57,16 +70,15 @@ class Progress:
             settled = tally.received - tally.in_flight
             if tally.in_flight <= parked.get(message_type, 0) or settled != seen.settled:
                 moving = moving or settled != seen.settled
-                seen.settled, seen.moved_at = settled, now
+                seen.note_settled(settled, now)
             elif now - seen.moved_at >= STALLED_S:
                 stalled.append(message_type)
             else:
                 moving = True  # for all that is known yet
             refused = tally.dead_lettered + tally.spooled + tally.dropped
-            if refused != seen.refusals:
-                seen.refusals, seen.refused_at = refused, now
+            seen.note_refused(refused, now)
             if tally.delivered != seen.delivered or now - seen.refused_at >= FORGET_S:
-                seen.delivered, seen.refused = tally.delivered, refused
+                seen.note_taken(tally.delivered, refused)
             elif message_type != UNKNOWN_TYPE and refused - seen.refused >= REFUSED_MESSAGES:
                 refusing.append(message_type)
         self.stands_still = bool(stalled) and not moving

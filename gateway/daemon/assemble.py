@@ -1,8 +1,8 @@
 """Builds a daemon: the only place that makes concrete objects of the parts and joins them.
 
-What blocks, and can be interrupted, comes first: `read` loads what the settings name. `kafka_side` and `websocket_side`
-then build the two sides as contexts, so that what was taken is given back on every way out, and `assemble` joins them.
-``gateway spool replay`` has a Kafka side alone; ``gateway check-config`` only reads.
+What blocks, and can be interrupted, comes before (`gateway.daemon.materials`). `kafka_side` and `websocket_side` build
+the two sides as contexts, so that what was taken is given back on every way out, and `assemble` joins them. ``gateway
+spool replay`` has a Kafka side alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from gateway import config
-from gateway.config import keys
-from gateway.config.tls import check_tls, tls_context
+from gateway.core import notices
 from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
 from gateway.core.origins import OriginRules
@@ -27,9 +25,7 @@ from gateway.core.progress import Progress
 from gateway.daemon.announce import Addresses
 from gateway.daemon.flow import Flow
 from gateway.daemon.lifecycle import Lifecycle
-from gateway.errors import ConfigError, GatewayError
 from gateway.kafka.producer import KafkaProducer
-from gateway.kafka.properties import check_properties
 from gateway.ops import serve
 from gateway.ops.status import Status
 from gateway.router.delivery import Delivery
@@ -39,8 +35,8 @@ from gateway.router.sessions import Sessions
 from gateway.router.spool.replay import Replay
 from gateway.router.spool.segments import Spool
 from gateway.telemetry.logging import RateLimited
-from gateway.ws.connection import ConnectionLimits
 from gateway.ws.endpoints import Endpoint, Endpoints, PathTemplate
+from gateway.ws.handler import ConnectionLimits
 from gateway.ws.heartbeat import Heartbeat
 from gateway.ws.listener import Listener
 from gateway.ws.readiness import SAMPLE_MASK, Readiness
@@ -48,67 +44,20 @@ from gateway.ws.sockets import in_url, open_listening_sockets
 from gateway.ws.upgrade import Upgrade
 
 if TYPE_CHECKING:
-    import ssl
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator
 
     from gateway.config import Settings
     from gateway.config.promises import Property
-    from gateway.core.credentials import TokenRules
     from gateway.core.holds import Holds
+    from gateway.daemon.materials import Materials
+    from gateway.router.session import Session
     from gateway.telemetry.logging import Log
     from gateway.telemetry.metrics import Metrics
 
+# long: the one list of what there is and who knows whom
+
 VERSION: Final = version("gateway")
 ROUTING_BUCKETS_S: Final = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3)
-
-
-@dataclass(frozen=True, slots=True)
-class Materials:
-    """What the settings name, read and checked."""
-
-    rules: TokenRules
-    tls: ssl.SSLContext | None
-    properties: dict[str, Property]
-    """librdkafka's, secrets included."""
-
-
-def read(settings: Settings, log: Log) -> Materials:
-    """Read everything that the settings name; keys that are of no use are logged. Raises ConfigError.
-
-    Blocks as long as the files do.
-    """
-    config.check_descriptors(settings.listen.max_connections)
-    return Materials(token_rules(settings, log), tls_context(settings.tls), config.kafka_properties(settings.kafka))
-
-
-def token_rules(settings: Settings, log: Log) -> TokenRules:
-    """Read the keys; those that are of no use are logged. Raises ConfigError."""
-    skipped: list[str] = []
-    rules = keys.token_rules(settings.auth, skipped)
-    for reason in skipped:
-        log.warning("key left out", reason=reason)
-    return rules
-
-
-def check(settings: Settings, skipped: list[str], unseen: Collection[str] = ()) -> None:
-    """Raise ConfigError with every fault that `read` and the start would meet one by one.
-
-    Files of ``unseen`` settings are left out. Keys that are of no use are added to ``skipped``. Connects to nothing.
-    """
-    checks: list[Callable[[], object]] = [
-        lambda: keys.token_rules(settings.auth, skipped, unseen),
-        lambda: check_tls(settings.tls, unseen),
-        lambda: config.check_descriptors(settings.listen.max_connections),
-        lambda: check_properties(config.kafka_properties(settings.kafka, unseen)),
-    ]
-    faults: list[str] = []
-    for one in checks:
-        try:
-            one()
-        except GatewayError as error:
-            faults += str(error).splitlines()
-    if faults:
-        raise ConfigError(faults)
 
 
 def limited(write: Callable[..., None]) -> RateLimited:
@@ -199,32 +148,13 @@ def websocket_side(
         ROUTING_BUCKETS_S,
     )
     readiness.time_turns(lambda duration_s: routing_s.observe(duration_s, SAMPLE_MASK + 1))
-    admission = Admission(
-        listen.max_connections,
-        AddressRate(listen.handshakes_per_address_per_s, listen.handshakes_per_address_burst),
-    )
+    rate = AddressRate(listen.handshakes_per_address_per_s, listen.handshakes_per_address_burst)
+    admission = Admission(listen.max_connections, rate)
     gatekeeper = Gatekeeper(materials.rules, allow_query_token=settings.auth.allow_query_token)
-    context = SessionContext(
-        readiness=readiness,
-        delivery=kafka.delivery,
-        ack_interval_ms=session.ack_interval_ms,
-        reconnect_window_ms=settings.drain.reconnect_window_ms,
-        leeway_s=lambda: gatekeeper.leeway_s,
-        notify=lambda speaker: heartbeat.notify(speaker),
-        log_rejected=limited(log.info),
-        log_crash=limited(log.error),
-    )
+    context = _session_context(settings, kafka, readiness, gatekeeper, log, notify=lambda one: heartbeat.notify(one))
     sessions = Sessions(context, admission, kafka.books, metrics)
     flow.attach(sessions)
     heartbeat = Heartbeat(sessions, notices_s=session.ack_interval_ms / 1000, after_sweep=flow.look)
-    endpoint = Endpoint(
-        name="mt5",
-        path=PathTemplate(listen.path),
-        limits=connection_limits(settings),
-        origins=OriginRules(frozenset(listen.allowed_origins), listen.public_origin),
-        authorise=gatekeeper.authorise,
-        open=sessions.open,
-    )
     sockets = open_listening_sockets(
         "listen",
         listen.host,
@@ -236,7 +166,7 @@ def websocket_side(
     try:
         listener = Listener(
             sockets,
-            upgrade=Upgrade(Endpoints([endpoint]), admission),
+            upgrade=Upgrade(Endpoints([mt5_endpoint(settings, gatekeeper, sessions)]), admission),
             readiness=readiness,
             tls_context=materials.tls,
             handshake_timeout_s=listen.handshake_timeout_s,
@@ -250,6 +180,41 @@ def websocket_side(
     finally:
         for sock in sockets:
             sock.close()
+
+
+def _session_context(
+    settings: Settings,
+    kafka: KafkaSide,
+    readiness: Readiness,
+    gatekeeper: Gatekeeper,
+    log: Log,
+    *,
+    notify: Callable[[Session], None],
+) -> SessionContext:
+    return SessionContext(
+        readiness=readiness,
+        delivery=kafka.delivery,
+        ack_interval_ms=settings.session.ack_interval_ms,
+        reconnect_window_ms=settings.drain.reconnect_window_ms,
+        leeway_s=lambda: gatekeeper.leeway_s,
+        notify=notify,
+        log_rejected=limited(log.info),
+        log_crash=limited(log.error),
+    )
+
+
+def mt5_endpoint(settings: Settings, gatekeeper: Gatekeeper, sessions: Sessions) -> Endpoint:
+    """The way up, as the WebSocket server knows it."""
+    listen = settings.listen
+    return Endpoint(
+        name="mt5",
+        path=PathTemplate(listen.path),
+        limits=connection_limits(settings),
+        origins=OriginRules(frozenset(listen.allowed_origins), listen.public_origin),
+        authorise=gatekeeper.authorise,
+        open=sessions.open,
+        subprotocols=notices.CONTROL_SUBPROTOCOLS,
+    )
 
 
 def _without_delay(sock: socket.socket) -> None:
@@ -321,19 +286,7 @@ def assemble(
     ):
         for message_type in settings.routes.topics:
             kafka.books.tally("", message_type)
-        status = Status(
-            state=lambda: lifecycle.state.value,
-            producer=kafka.producer,
-            books=kafka.books,
-            sessions=ws.sessions,
-            holds=lambda: flow.names,
-            spool=kafka.delivery.spool,
-            replay=kafka.replay,
-            spool_directory=settings.spool.directory,
-            bootstrap_servers=settings.kafka.bootstrap_servers,
-            version=VERSION,
-            progress=progress,
-        )
+        status = _status(settings, kafka, ws, flow, lifecycle, progress)
         status.declare(metrics)
         sidecar = settings.sidecar
         sidecar_sockets = open_listening_sockets(
@@ -356,3 +309,21 @@ def assemble(
         finally:
             for sock in sidecar_sockets:
                 sock.close()
+
+
+def _status(
+    settings: Settings, kafka: KafkaSide, ws: WebSocketSide, flow: Flow, lifecycle: Lifecycle, progress: Progress
+) -> Status:
+    return Status(
+        state=lambda: lifecycle.state.value,
+        producer=kafka.producer,
+        books=kafka.books,
+        sessions=ws.sessions,
+        holds=lambda: flow.names,
+        spool=kafka.delivery.spool,
+        replay=kafka.replay,
+        spool_directory=settings.spool.directory,
+        bootstrap_servers=settings.kafka.bootstrap_servers,
+        version=VERSION,
+        progress=progress,
+    )

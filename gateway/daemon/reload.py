@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gateway import config
 from gateway.config.tls import tls_context
 from gateway.daemon import systemd
-from gateway.daemon.assemble import token_rules
+from gateway.daemon.materials import token_rules
 from gateway.errors import ConfigError, GatewayError
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from gateway.core.backoff import Doubling
 from gateway.daemon import systemd
 from gateway.daemon.announce import read_event
 from gateway.errors import StartupError
@@ -70,7 +71,7 @@ class Worker:
         """What its sidecar said last."""
         self.complete = False
         """``page`` is what it counted by its end."""
-        self._pause_s: float | None = None
+        self._pauses = Doubling(FIRST_PAUSE_S, MAX_PAUSE_S)
 
     async def live(
         self,
@@ -185,10 +186,9 @@ class Worker:
 
     def next_pause_s(self) -> float:
         """How long to wait before the next start: longer and longer while processes live shortly."""
-        if self._pause_s is None or trio.current_time() - self.started_at >= LONG_LIFE_S:
-            self._pause_s = FIRST_PAUSE_S
-        pause_s, self._pause_s = self._pause_s, min(MAX_PAUSE_S, self._pause_s * 2)
-        return pause_s
+        if trio.current_time() - self.started_at >= LONG_LIFE_S:
+            self._pauses.reset()
+        return self._pauses.next_s()
 
 
 async def _open(command: Sequence[str], announce: int) -> trio.Process:

@@ -17,27 +17,24 @@ import json
 import os
 import signal
 import socket
-import sys
-import urllib.error
-import urllib.request
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from trio_util import AsyncValue
 
 from gateway import config
 from gateway.daemon import systemd
 from gateway.daemon.announce import Addresses, Announcer
+from gateway.daemon.host import Host
 from gateway.daemon.orders import Orders
 from gateway.daemon.signals import SIGNALS, waiting_signals
 from gateway.daemon.worker import KILLED_S, Worker
 from gateway.errors import GatewayError, NoThread, StartupError
 from gateway.ops import aggregate, serve
-from gateway.ops.asgi import Sidecar
+from gateway.ops.probe import fetch
 from gateway.telemetry.logging import RateLimited
 from gateway.threads import in_thread
 from gateway.ws.sockets import in_url, open_listening_sockets
@@ -45,10 +42,10 @@ from gateway.ws.sockets import in_url, open_listening_sockets
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from prometheus_client import Metric
-
     from gateway.config import Settings
     from gateway.telemetry.logging import Log
+
+# long: a parent's whole life; one place for a process is in `worker`, what is said of all in `host`
 
 SCRAPE_S: Final = 1.0
 """Between readings of the workers' metrics: what a worker that dies counted since the last one is lost to the sum."""
@@ -62,7 +59,6 @@ START_S: Final = 120.0
 """How long a worker may take from its start to its sidecar: a second or two, more on a machine that is very busy."""
 DRAIN_MARGIN_S: Final = 5.0
 """How long after `drain.timeout_s` a worker that is draining may take to be gone before it is killed."""
-_loopback: Final = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 class Supervisor:
@@ -87,16 +83,12 @@ class Supervisor:
         self._starting: AsyncValue[str] = AsyncValue("starting")
         self._candidate: Settings | None = None
         """Settings that no worker has taken yet."""
-        self._unknown_fate = 0
-        self._blind_s = 0.0
-        self._past: dict[str, int] = {}
         self._command = list(command)
         self._log = log
-        self._version = version
         self._announcer = announcer
         self._workers = [Worker(number) for number in range(count)]
-        self._sum = aggregate.Sum()
-        self._restarts = 0
+        self.host = Host(self._workers, version)
+        """What is said of all workers together."""
         self._port = 0
         self._drain = trio.Event()
         self._all_ready = trio.Event()
@@ -133,7 +125,7 @@ class Supervisor:
         limited = RateLimited(self._log.error, trio.current_time)
         async with trio.open_nursery() as services:
             await services.start(self._handle_signals)
-            port: int = await services.start(serve.run, self._sidecar_app(), sidecar, limited)
+            port: int = await services.start(serve.run, self.host.sidecar(), sidecar, limited)
             services.start_soon(systemd.feed_watchdog)
             services.start_soon(systemd.extend_start, self._starting)
             services.start_soon(self._scrape)
@@ -155,7 +147,7 @@ class Supervisor:
 
     async def _announce(self) -> None:
         await self._all_ready.wait()
-        while self._reasons():  # noqa: ASYNC110  # what is announced is what the sidecar says
+        while self.host.reasons():  # noqa: ASYNC110  # what is announced is what the sidecar says
             await trio.sleep(ANNOUNCE_POLL_S)
         self._starting.value = "ready"
         systemd.notify("READY=1", f"STATUS={len(self._workers)} workers ready")
@@ -176,7 +168,7 @@ class Supervisor:
                 self._forget(worker)
                 return
             self._forget(worker)
-            self._restarts += 1
+            self.host.note_restart()
             pause_s = worker.next_pause_s()
             why = {"faults": faults} if faults else {}
             self._log.error("worker ended", worker=worker.number, status=status, started_again_after_s=pause_s, **why)
@@ -184,18 +176,8 @@ class Supervisor:
                 await self._drain.wait()
 
     def _forget(self, worker: Worker) -> None:
-        """What a process said is its own, not its successor's; what it counted stays in the sum.
-
-        Of one that was killed only the last sample is known: what was in flight then has an unknown fate, and what it
-        counted since is not in the sum.
-        """
-        self._sum.retire(worker.page)
-        if worker.sidecar and not worker.complete:
-            self._blind_s += trio.current_time() - worker.heard_at
-        self._unknown_fate += int(aggregate.value(worker.page, "gateway_messages_in_flight"))
-        for name, value in worker.health.get("messages", {}).items():
-            name = "unknown_fate" if name == "in_flight" else name
-            self._past[name] = self._past.get(name, 0) + value
+        """What a process said is its own, not its successor's; what it counted stays in the sum."""
+        self.host.retire(worker)
         worker.forget()
 
     async def _live(self, worker: Worker) -> int | str:
@@ -256,7 +238,7 @@ class Supervisor:
         elif what == "counted":
             worker.note_counted(aggregate.parse(event["metrics"]))
         elif what == "listening":
-            self._sum.learn(event.get("across", {}))
+            self.host.learn(event.get("across", {}))
             worker.note_listening(event["sidecar"])
         elif what == "reloaded":
             worker.note_reloaded()
@@ -360,63 +342,6 @@ class Supervisor:
                 self._log.error("worker hangs, killed", worker=worker.number, silent_s=round(silent_s))
                 worker.process.kill()
 
-    def _reasons(self) -> list[str]:
-        """Ready while one worker is: the others refuse with 503, and clients come again."""
-        if any(worker.health.get("ready") for worker in self._workers):
-            return []
-        return [
-            f"worker {worker.number}: {reason}"
-            for worker in self._workers
-            for reason in worker.health.get("reasons", ["not started"])
-        ]
-
-    def _details(self) -> dict[str, Any]:
-        sums = dict(self._past)
-        for worker in self._workers:
-            for name, value in worker.health.get("messages", {}).items():
-                sums[name] = sums.get(name, 0) + value
-        return {
-            "connections": sum(worker.health.get("connections", 0) for worker in self._workers),
-            "messages": sums,
-            "workers": [
-                {
-                    "worker": worker.number,
-                    "pid": worker.process.pid if worker.process is not None else None,
-                    "sidecar": worker.sidecar,
-                    **worker.health,
-                }
-                for worker in self._workers
-            ],
-            "restarts": self._restarts,
-            "version": self._version,
-        }
-
-    def _metrics(self) -> bytes:
-        running = sum(worker.process is not None for worker in self._workers)
-        own: list[Metric] = [
-            GaugeMetricFamily("gateway_workers", "Worker processes that run.", running),
-            CounterMetricFamily("gateway_worker_restarts", "Workers started again.", value=self._restarts),
-            CounterMetricFamily(
-                "gateway_messages_unknown_fate",
-                "In flight in a worker when it was last heard of before it was killed.",
-                value=self._unknown_fate,
-            ),
-            CounterMetricFamily(
-                "gateway_worker_unsampled_seconds",
-                "Between killed workers' last samples and their ends: what they counted then is not in the sum.",
-                value=self._blind_s,
-            ),
-        ]
-        return self._sum.text((worker.page for worker in self._workers), own)
-
-    def _sidecar_app(self) -> Sidecar:
-        return Sidecar(
-            reasons=self._reasons,
-            details=self._details,
-            metrics=self._metrics,
-            version={"gateway": self._version, "python": sys.version.split()[0]},
-        )
-
 
 def _with(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Dumped settings with dotted ones over them."""
@@ -429,12 +354,6 @@ def _with(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _fetch(sidecar: str) -> tuple[dict[str, Any], aggregate.Page]:
     """A worker's /health and /metrics. Raises OSError, ValueError and HTTPException."""
-    try:
-        with _loopback(f"{sidecar}/health", timeout=SCRAPE_TIMEOUT_S) as answer:
-            health = answer.read()
-    except urllib.error.HTTPError as error:  # 503 is an answer too
-        with error:
-            health = error.read()
-    with _loopback(f"{sidecar}/metrics", timeout=SCRAPE_TIMEOUT_S) as answer:
-        page = answer.read()
+    _, health = fetch(f"{sidecar}/health", SCRAPE_TIMEOUT_S)
+    _, page = fetch(f"{sidecar}/metrics", SCRAPE_TIMEOUT_S)
     return json.loads(health), aggregate.parse(page.decode())

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import trio
 from confluent_kafka import KafkaError, KafkaException, Producer
 
+from gateway.core.backoff import Doubling
 from gateway.core.holds import PRODUCER_FULL, NoHolds
 from gateway.errors import GatewayError, NoThread, StartupError
 from gateway.kafka.faults import NOT_AUTHORISED, Fault
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from gateway.kafka.partitioner import TopicPartition
     from gateway.telemetry.logging import Log
     from gateway.telemetry.metrics import Metrics
+
+# long: a producer's whole life, its replacement included; what it knows of the cluster is in `gateway.kafka.topics`
 
 POLL_BUSY_S: Final = 0.005
 """Between polls while records are in flight: 200 short calls a second, 5 ms at most on top of an ack."""
@@ -131,7 +134,7 @@ class KafkaProducer:
         self._failures = 0
         self._answers_lost = False  # the broken producer will not say what became of the records under way
         self._limits_wanted = False
-        self._renew_pause_s = RENEW_PAUSE_S
+        self._renew_pauses = Doubling(RENEW_PAUSE_S, MAX_RENEW_PAUSE_S)
         self._renewed_at = -math.inf
         self._unwritable: frozenset[TopicPartition] = frozenset()
         self._properties = {**PROPERTIES, **properties, "bootstrap.servers": bootstrap_servers}
@@ -321,10 +324,9 @@ class KafkaProducer:
         if self._limits_wanted:
             await self._shrink_batches()
         elif trio.current_time() - self._renewed_at < MAX_RENEW_PAUSE_S:
-            await self._poll_for(self._renew_pause_s)
-            self._renew_pause_s = min(MAX_RENEW_PAUSE_S, self._renew_pause_s * 2)
+            await self._poll_for(self._renew_pauses.next_s())
         else:
-            self._renew_pause_s = RENEW_PAUSE_S
+            self._renew_pauses.reset()
         self._renewed_at = trio.current_time()
         while len(self._producer):
             self._purge()

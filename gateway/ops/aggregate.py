@@ -30,8 +30,8 @@ def parse(page: str) -> Page:
     """A /metrics page by family. Raises ValueError for what is no Prometheus text."""
     families: Page = {}
     for found in text_string_to_metric_families(page):
-        found.samples = [sample for sample in found.samples if not sample.name.endswith("_created")]
-        families[found.name] = found
+        samples = {(s.name, tuple(s.labels.items())): s.value for s in found.samples if not s.name.endswith("_created")}
+        families[found.name] = _metric(found, samples)
     return families
 
 

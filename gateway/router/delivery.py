@@ -44,9 +44,12 @@ if TYPE_CHECKING:
     from gateway.kafka.partitioner import TopicPartition
     from gateway.kafka.producer import KafkaProducer, Produce
     from gateway.router.messages import Sender
-    from gateway.router.spool.segments import Record, Spool
+    from gateway.router.spool.records import Record
+    from gateway.router.spool.segments import Spool
     from gateway.telemetry.logging import RateLimited
     from gateway.telemetry.metrics import Metrics
+
+# long: all that the table of fates asks for, in one class: each step leads to the next
 
 MESSAGES_AT_ONCE: Final = 2000
 """Messages queued again, or given up, between two chances for other tasks: some 10 ms."""

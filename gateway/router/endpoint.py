@@ -6,7 +6,7 @@ import re
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from gateway.core import catalogue, notices
+from gateway.core import catalogue
 from gateway.errors import InvalidToken, Refused
 from gateway.ws.endpoints import Granted
 from gateway.ws.upgrade import bearer_token
@@ -48,7 +48,7 @@ class Gatekeeper:
     def authorise(self, asked: Asked) -> Granted:
         """Account first, then the token. Raises Refused; reads the clock, touches no socket."""
         account = _account(asked.query)
-        token, subprotocol = bearer_token(asked, notices.CONTROL_SUBPROTOCOLS, in_query=self._allow_query_token)
+        token, subprotocol = bearer_token(asked, in_query=self._allow_query_token)
         try:
             principal = self._rules.authenticate(token, time.time())
         except InvalidToken as error:

@@ -20,7 +20,7 @@ from gateway.errors import NotAnEnvelope
 from gateway.kafka.producer import PRODUCE_ERRORS
 from gateway.router.delivery import Room
 from gateway.router.talk import Talk
-from gateway.ws.connection import ENDED, OPEN
+from gateway.ws.handler import ENDED, OPEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from gateway.router.delivery import Delivery
     from gateway.router.lanes import Lane
     from gateway.telemetry.logging import RateLimited
-    from gateway.ws.connection import Connection
     from gateway.ws.frames import Payload
+    from gateway.ws.handler import Link
     from gateway.ws.readiness import Readiness
 
+
+# long: the hot path and what holds it up belong together; what is told is in `gateway.router.talk`
 
 RESUMED_MESSAGES: Final = 256
 """Messages of a backlog handed over before another connection's turn: about a millisecond."""
@@ -121,7 +123,7 @@ class Session:
         self._restarting = False  # before there was a connection
         self._subprotocol = subprotocol
         self._talk: Talk | None = None
-        self.connection: Connection | None = None
+        self.connection: Link | None = None
         self.connection_id = connection_id
         self.principal = principal
         self.account = account
@@ -131,7 +133,7 @@ class Session:
 
     # Its connection (the Handler of `gateway.ws.connection`)
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: Link) -> None:
         """The handshake is done."""
         self.connection = connection
         if self._subprotocol in notices.CONTROL_SUBPROTOCOLS:
@@ -175,7 +177,7 @@ class Session:
 
     # Judging
 
-    def _hand_over(self, messages: Sequence[bytes]) -> None:
+    def _hand_over(self, messages: Sequence[bytes]) -> None:  # long: one hot loop
         """Route messages that were accepted when they were read, whatever has become of the connection since.
 
         Those there is no room for go into the backlog, in front.
@@ -298,7 +300,7 @@ class Session:
         self._backlog.extend(messages)
         self._note_held(_weight(messages))
         if self.connection is not None and not readiness.may_hold(self._held_bytes):
-            readiness.want_read(self.connection, False)  # until `_forget_backlog`
+            self.connection.want_read(False)  # until `_forget_backlog`
 
     def _put_back(self, messages: list[bytes], room: Room) -> None:
         """There is no room: these go first when there is, and everybody waits, or only this session."""
@@ -341,7 +343,7 @@ class Session:
         self._note_held(-self._held_bytes)
         self._backlog = None
         if self.connection is not None:
-            self._context.readiness.want_read(self.connection, True)
+            self.connection.want_read(True)
 
     def crash(self, error: Exception) -> None:
         """End the connection because handing over its backlog, or a notice, has raised."""

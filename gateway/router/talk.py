@@ -16,7 +16,7 @@ from gateway.ws import frames
 if TYPE_CHECKING:
     from gateway.core.catalogue import Close, Reason
     from gateway.core.principal import Principal
-    from gateway.ws.connection import Connection
+    from gateway.ws.handler import Link
 
 
 class Talk:
@@ -24,7 +24,7 @@ class Talk:
 
     __slots__ = ("_acks", "_announced", "_connection", "_degraded", "_rejections", "_subprotocol")
 
-    def __init__(self, connection: Connection, subprotocol: str) -> None:
+    def __init__(self, connection: Link, subprotocol: str) -> None:
         self._connection = connection
         self._subprotocol = subprotocol
         self._acks = Acks()

@@ -12,8 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,8 @@ from pydantic import SecretStr
 
 from gateway.config import AuthSettings
 from gateway.daemon.announce import read_event
+from gateway.errors import GatewayError
+from gateway.ops.probe import fetch
 from gateway.testing.devkeys import mint_with_secret
 from gateway.testing.kafka import cpu_seconds, rss_bytes
 
@@ -38,12 +39,17 @@ class Outcome:
     exit_status: int
 
 
+class DaemonFailed(GatewayError, RuntimeError):
+    """The daemon did not start; the message ends with its log."""
+
+
 class Daemon:
     """``gateway serve`` as a child process, from entering to leaving the context.
 
     ``kafka`` is a bootstrap address, or ``embedded``. ``settings`` are dotted settings over those a test needs: free
     ports, a secret of its own, no limit on handshakes. With ``cpus`` the process is pinned as ``taskset -c`` does.
-    ``environment`` changes this process' own for it; None takes a variable out.
+    ``environment`` changes this process' own for it; None takes a variable out. ``prepare`` may put files into its
+    directory.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Daemon:
         environment: Mapping[str, str | None] | None = None,
         wait_ready: bool = True,
         workers: int = 1,
+        prepare: Callable[[Path], object] = lambda home: None,
     ) -> None:
         self.secret = secrets.token_urlsafe(48).encode()
         self._embedded = kafka == "embedded"
@@ -71,6 +78,7 @@ class Daemon:
         self._environment = environment or {}
         self._wait_ready = wait_ready
         self._workers = workers
+        self._prepare = prepare
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -96,6 +104,7 @@ class Daemon:
         self._settings.setdefault("auth.secret_file", "secret")
         self.write_config(self._settings)
         try:
+            self._prepare(self.home)
             self.start()
         except BaseException:
             self.__exit__(None, None, None)
@@ -183,9 +192,9 @@ class Daemon:
             try:
                 event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise TimeoutError(f"the daemon did not announce {what!r}:\n{self.log()}") from None
+                raise DaemonFailed(f"the daemon did not announce {what!r}:\n{self.log()}") from None
             if event is None:
-                raise RuntimeError(f"the daemon ended before it announced {what!r}:\n{self.log()}")
+                raise DaemonFailed(f"the daemon ended before it announced {what!r}:\n{self.log()}")
             if event["event"] == what:
                 return event
 
@@ -219,12 +228,8 @@ class Daemon:
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a GET on the sidecar."""
-        try:
-            with urllib.request.urlopen(self.sidecar + path, timeout=10) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
+        status, body = fetch(self.sidecar + path, 10.0)
+        return status, body.decode()
 
     def books(self) -> dict[str, int]:
         """The totals of ``/health``."""

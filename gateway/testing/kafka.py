@@ -31,6 +31,8 @@ from confluent_kafka.cimpl import NewTopic
 from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
 from gateway.errors import GatewayError
 
+# long: one broker, from its jars to its last partition
+
 KAFKA_VERSION = "4.1.1"
 SLF4J_VERSION = "1.7.36"
 PARTITIONS = 8

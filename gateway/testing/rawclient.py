@@ -214,8 +214,9 @@ def frame(
     rsv: int = 0,
     masked: bool = True,
     length_form: int | None = None,
+    mask: bytes | None = None,
 ) -> bytes:
-    """The bytes of one client frame."""
+    """The bytes of one client frame, masked with a key by chance or with ``mask``."""
     length = len(payload)
     form = length_form or (length if length < 126 else 126 if length < 65536 else 127)
     head = bytes(((0x80 if fin else 0) | rsv << 4 | opcode, (0x80 if masked else 0) | form))
@@ -225,5 +226,7 @@ def frame(
         head += struct.pack("!Q", length)
     if not masked:
         return head + payload
-    mask = os.urandom(4)
+    mask = mask or os.urandom(4)
+    if mask == bytes(4):
+        return head + mask + payload
     return head + mask + bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))

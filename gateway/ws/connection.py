@@ -11,7 +11,8 @@ States:
 Only forward transitions happen. The task that called `run` sleeps through OPEN, owns everything after it, and closes
 the socket in any case, cancellation included.
 
-What messages mean is the handler's (`Handler`); pings, closes, timeouts and failures of the protocol are handled here.
+What messages mean is the handler's (`gateway.ws.handler`); pings, closes, timeouts and failures of the protocol are
+handled here.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ import random
 import socket
 import ssl
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import trio
 
 from gateway.core import catalogue
 from gateway.ws import frames
 from gateway.ws.frames import Decoder, Failure, PeerClose, Ping
+from gateway.ws.handler import CLOSING, ENDED, FLOOD_S, GONE, OPEN
 from gateway.ws.outbox import BLOCKED, Full, Outbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from gateway.core.catalogue import Close
     from gateway.ws.frames import Event, Payload
+    from gateway.ws.handler import ConnectionLimits, Handler
     from gateway.ws.readiness import Readiness
+
+# long: one connection's whole life, from its first byte to its closed socket
 
 READ_BYTES: Final = 16_384
 """One read. Exactly a TLS record (RFC 8446 5.1): one SSL read then returns it whole, and nothing stays decrypted inside
@@ -45,93 +49,6 @@ OpenSSL where epoll cannot see it. 64 KiB costs 0.8 µs more a read, for the all
 SMALL_READ_BYTES: Final = 448
 """One read of a plain connection until one fills it: with its head such a bytes object comes from Python's own small
 blocks (512 bytes at most), while 16 KiB are cut out of malloc's memory and given back in two pieces."""
-
-FLOOD_S: Final = 10
-"""How long control frames may come faster than allowed. What one read brings counts as one second's worth at most: it
-may have gathered while the gateway or the network stood still."""
-
-OPEN: Final = 0
-CLOSING: Final = 1
-ENDED: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """Bounds of one connection; one instance is shared by all."""
-
-    max_message_bytes: int
-    max_controls_per_s: int
-    """Control frames a second, over `FLOOD_S` of reading, before the connection is closed with 1008."""
-    max_unsent_bytes: int
-    """Bytes the peer has not taken yet."""
-    unsent_timeout_s: float
-    """How long bytes may wait for the peer to take them."""
-    ping_interval_s: float
-    idle_timeout_s: float
-    """Silence, pongs included, after which the connection is closed with 4408."""
-    close_timeout_s: float
-    """How long the peer may take for its part of the close, and again for its end of file."""
-    max_fragments: int = frames.MAX_FRAGMENTS
-    when_full: Full = Full.END
-    """What becomes of a frame beyond ``max_unsent_bytes``."""
-
-
-class Handler(Protocol):
-    """What a connection's messages mean, and what is to be said to its peer. All methods are synchronous.
-
-    They are called in the order opened, then any number of received, tick and at most one closing, then ended. What
-    they raise ends the connection with 1011 (`crashed`), and nobody else's.
-    """
-
-    def opened(self, connection: Connection, /) -> None:
-        """The handshake is done: say the first words."""
-
-    def received(self, messages: Sequence[Payload], /) -> None:
-        """Whole messages, in order: bytes of binary ones, str of text ones."""
-
-    def tick(self, now: float, /) -> float:
-        """It is time: do what is due at ``now`` and return when to be asked again, both in Trio's seconds."""
-
-    def closing(self, close: Close | None, detail: str, /) -> None:
-        """A close frame is about to be sent: the last chance to say something.
-
-        ``close`` is None when the peer closes; ``detail`` says what the peer did wrong, if it did.
-        """
-
-    def crashed(self, error: Exception, /) -> None:
-        """Handling the connection's input, or one of these methods, has raised. The handler says so in the log."""
-
-    def ended(self, outcome: str, /) -> None:
-        """The connection is over and its socket closed; nothing is called after this.
-
-        ``outcome``: a close's name, ``peer_closed``, ``peer_lost``, ``stalled_peer`` or ``cancelled``.
-        """
-
-
-class _Gone:
-    """The handler of a connection that is over: both would wait for the garbage collector if it kept its own."""
-
-    def opened(self, _: Connection) -> None:
-        """Nothing."""
-
-    def received(self, _: Sequence[Payload]) -> None:
-        """Nothing."""
-
-    def tick(self, _: float) -> float:
-        """Nothing."""
-        return math.inf
-
-    def closing(self, _: Close | None, __: str) -> None:
-        """Nothing."""
-
-    def crashed(self, _: Exception) -> None:
-        """Nothing."""
-
-    def ended(self, _: str) -> None:
-        """Nothing."""
-
-
-_GONE: Final = _Gone()
 
 
 class Connection:
@@ -195,6 +112,10 @@ class Connection:
     def limits(self) -> ConnectionLimits:
         """Its bounds."""
         return self._limits
+
+    def want_read(self, wanted: bool) -> None:
+        """Say whether the peer is to be read."""
+        self._readiness.want_read(self, wanted)
 
     # Called by Readiness
 
@@ -408,7 +329,7 @@ class Connection:
             self.state = ENDED
             self._readiness.remove(self)
             self.sock.close()
-            handler, self._handler = self._handler, _GONE
+            handler, self._handler = self._handler, GONE
             handler.ended(self.outcome)
 
     def _start(self, first: bytes) -> None:

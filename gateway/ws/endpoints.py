@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from gateway.core.origins import OriginRules
-    from gateway.ws.connection import ConnectionLimits, Handler
+    from gateway.ws.handler import ConnectionLimits, Handler
     from gateway.ws.request import Request
 
 _NAME: Final = re.compile(r"\{([a-z_]+)\}\Z")
@@ -61,6 +61,8 @@ class Asked(NamedTuple):
     query: Mapping[str, list[str]]
     offered: list[str]
     """The subprotocols that the client offers, as they stand: a token may be among them."""
+    spoken: tuple[str, ...]
+    """Those that the endpoint answers with, whichever the client offers first."""
 
 
 @dataclass(frozen=True, slots=True)

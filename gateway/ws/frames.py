@@ -28,6 +28,8 @@ from gateway.errors import GatewayError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+# long: frames are one subject (RFC 6455 5)
+
 CONTINUATION: Final = 0x0
 TEXT: Final = 0x1
 BINARY: Final = 0x2
@@ -149,7 +151,7 @@ class Decoder:
         self.only_messages = True
         """What `receive` returned last is messages, without an event between them."""
 
-    def receive(self, data: bytes) -> list[Item]:
+    def receive(self, data: bytes) -> list[Item]:  # long: one hot loop
         """Take the next bytes of the stream; return what they complete.
 
         A `PeerClose` or `Failure` is always the last item ever returned.

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
     from gateway.telemetry.logging import RateLimited
     from gateway.telemetry.metrics import Metrics
-    from gateway.ws.connection import Handler
+    from gateway.ws.handler import Handler
     from gateway.ws.readiness import Readiness
     from gateway.ws.upgrade import Accepted, Upgrade
+
+# long: one connection from accept to its own task
 
 ACCEPTS_PER_TURN: Final = 64
 """Connections accepted before other tasks run."""

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gateway.core.principal import Principal
-    from gateway.ws.connection import Connection
+    from gateway.ws.handler import Link
 
 
 class Member(Protocol):
     """Somebody who is connected, or about to be."""
 
     @property
-    def connection(self) -> Connection | None:
+    def connection(self) -> Link | None:
         """None before it is open."""
 
     @property

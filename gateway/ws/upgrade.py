@@ -62,7 +62,8 @@ class Upgrade:
         key = _check_upgrade(request)
         _check_origin(request, endpoint)
         self.admission.check()
-        asked = Asked(request, parameters, _query(request.query), request.tokens("sec-websocket-protocol"))
+        offered = request.tokens("sec-websocket-protocol")
+        asked = Asked(request, parameters, _query(request.query), offered, endpoint.subprotocols)
         return Accepted(accept_key(key), endpoint, endpoint.authorise(asked))
 
 
@@ -74,14 +75,14 @@ def _check_origin(request: Request, endpoint: Endpoint) -> None:
         raise Refused(catalogue.ORIGIN_NOT_ALLOWED, f"Origin {_without_path(origin)!r}, Host {host!r}")
 
 
-def bearer_token(asked: Asked, subprotocols: tuple[str, ...], *, in_query: bool) -> tuple[str, str | None]:
+def bearer_token(asked: Asked, *, in_query: bool) -> tuple[str, str | None]:
     """The token, and the subprotocol to answer with, from the first place that has one. Raises Refused.
 
     The places are Authorization (RFC 6750 2.1), the subprotocol behind `BEARER`, and with ``in_query`` the parameter
     ``access_token``.
     """
     offered = asked.offered
-    chosen = next((name for name in offered if name in subprotocols), None)
+    chosen = next((name for name in offered if name in asked.spoken), None)
     authorization = asked.request.headers.get("authorization")
     if authorization is not None:
         scheme, _, token = authorization[0].partition(" ")

@@ -22,7 +22,8 @@ from gateway.router.session import Session, SessionContext
 from gateway.telemetry.logging import RateLimited
 from gateway.testing.rawclient import frame
 from gateway.v1.envelope_pb2 import MessageEnvelope
-from gateway.ws.connection import Connection, ConnectionLimits
+from gateway.ws.connection import Connection
+from gateway.ws.handler import ConnectionLimits
 from gateway.ws.outbox import Outbox
 from gateway.ws.readiness import Readiness
 

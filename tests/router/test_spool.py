@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from gateway.core.books import Tally
 from gateway.errors import SpoolError
 from gateway.router.messages import Message
+from gateway.router.spool import records
 from gateway.router.spool import segments as spool_module
-from gateway.router.spool.segments import MAGIC, Record, Segment, Spool, list_segments
+from gateway.router.spool.records import Record
+from gateway.router.spool.segments import MAGIC, Segment, Spool, list_segments
 from gateway.router.spool.writer import SpoolWriter
 from gateway.telemetry.logging import RateLimited
 from tests.router.stand_ins import Recorder, Sender
@@ -107,7 +109,7 @@ def test_a_cut_off_end_costs_nothing_before_it(tmp_path_factory: pytest.TempPath
 
 
 def boundaries(count: int) -> list[int]:
-    sizes = [len(spool_module._encode(record)) for record in numbered(count)]
+    sizes = [len(records.encode(record)) for record in numbered(count)]
     return [len(MAGIC) + sum(sizes[:number]) for number in range(count + 1)]
 
 
@@ -149,7 +151,7 @@ def test_record_of_another_kind_is_a_fault_and_no_crash(directory: Path) -> None
     sound = segment.size_bytes
     with segment.path.open("ab") as file:
         body = msgpack.packb([None] * 13)
-        file.write(spool_module._HEADER.pack(len(body), zlib.crc32(body)) + body)
+        file.write(records.HEADER.pack(len(body), zlib.crc32(body)) + body)
     assert (list(segment.read()), segment.fault_at()) == (numbered(1), sound)
 
 

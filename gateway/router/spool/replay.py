@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from gateway.core.catalogue import Reason
     from gateway.router.messages import Sender
-    from gateway.router.spool.segments import Record, Segment, Spool
+    from gateway.router.spool.records import Record
+    from gateway.router.spool.segments import Segment, Spool
     from gateway.telemetry.logging import Log
     from gateway.telemetry.metrics import Metrics
 

@@ -1,15 +1,14 @@
 """Records on disk that Kafka has not taken: append-only segments, each record with its checksum.
 
 A directory holds segments ``0000000001.spool``, ``0000000002.spool``, ... and a ``lock``. A segment is `MAGIC` and then
-records, each ``length (4 bytes, big-endian) | CRC-32 of the body (4 bytes) | body``; the body is a MessagePack array of
-`Record`'s fields. Nothing is ever overwritten. What `Spool.append` has returned for is on the disk (fsync of the file,
-and of the directory for a new file).
+records (`gateway.router.spool.records`). Nothing is ever overwritten. What `Spool.append` has returned for is on the
+disk (fsync of the file, and of the directory for a new file).
 
 A segment is read to its first fault: a length that cannot be, a checksum that does not match, a cut-off end. A segment
 with a fault is kept aside as ``NAME.damaged`` when what could be read of it has been sent, and never deleted here. (A
 write that was torn by a crash was never reported as done.)
 
-All of it is blocking file work; `gateway.router.spool.writer` calls it in threads.
+All of it is blocking file work; `gateway.router.spool.writer` and `replay` call it in threads.
 """
 
 from __future__ import annotations
@@ -17,19 +16,17 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import struct
 import threading
 import time
-import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 import msgpack
 
 from gateway.errors import SpoolError
+from gateway.router.spool.records import HEADER, Record, decode, encode, read_body
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,38 +34,12 @@ if TYPE_CHECKING:
 MAGIC: Final = b"GWSPOOL1"
 SEGMENT_BYTES: Final = 64 * 1024 * 1024
 """A segment that has grown to this is followed by another: what is sent is given back to the disk piece by piece."""
-MAX_RECORD_BYTES: Final = 32 * 1024 * 1024
-"""A larger length is a fault: four times `listen.max_message_bytes`' upper bound."""
 LOCK_TRIES: Final = 40
 LOCK_PAUSE_S: Final = 0.05
 CLOSE_TIMEOUT_S: Final = 1.0
 """How long `Spool.close` waits for a write that was abandoned."""
 DAMAGED: Final = ".damaged"
-_HEADER: Final = struct.Struct(">II")
 _NAME: Final = re.compile(r"(\d{10})\.spool\Z")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One Kafka record with what is needed to account for it: enough to send it as if it had just come."""
-
-    topic: str
-    key: bytes
-    value: bytes
-    original_bytes: int
-    """The first ``original_bytes`` of the value are the message as received; the rest was stamped on."""
-    headers: list[tuple[str, bytes]] | None
-    """A dead letter's headers; None for a message on its way to its own topic."""
-    user_id: str
-    company_id: str
-    message_type: str
-    path: str
-    connection_id: str
-    received_at_ms: int
-    reason: str
-    """Why it is here: one of `gateway.core.catalogue.SPOOL_REASONS`."""
-    uncertain: bool
-    """It was on its way when it was given up: Kafka may hold it already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +71,12 @@ class Segment:
             end = len(MAGIC)
             if file.read(len(MAGIC)) != MAGIC:
                 return
-            while (body := _read_body(file)) is not None:
+            while (body := read_body(file)) is not None:
                 try:
-                    record = _decode(body)
+                    record = decode(body)
                 except (ValueError, TypeError, msgpack.UnpackException):  # sound, and no record of ours
                     return
-                end += _HEADER.size + len(body)
+                end += HEADER.size + len(body)
                 yield record, end
 
     def finish(self, *, damaged: bool) -> None:
@@ -114,51 +85,6 @@ class Segment:
             os.link(self.path, self.path.with_suffix(DAMAGED))  # link(2) replaces nothing, rename(2) would
         self.path.unlink()
         _sync_directory(self.path.parent)
-
-
-def _read_body(file: BinaryIO) -> bytes | None:
-    header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        return None
-    length, checksum = _HEADER.unpack(header)
-    if length > MAX_RECORD_BYTES:
-        return None
-    body = file.read(length)
-    return body if len(body) == length and zlib.crc32(body) == checksum else None
-
-
-_FIELDS: Final = Record.__slots__
-_KINDS: Final[tuple[type | tuple[type, ...], ...]] = (
-    str,
-    bytes,
-    bytes,
-    int,
-    (tuple, NoneType),
-    str,
-    str,
-    str,
-    str,
-    str,
-    int,
-    str,
-    bool,
-)
-
-
-def _encode(record: Record) -> bytes:
-    body: bytes = msgpack.packb([getattr(record, name) for name in _FIELDS])
-    return _HEADER.pack(len(body), zlib.crc32(body)) + body
-
-
-def _decode(body: bytes) -> Record:
-    """The record of a sound body. Raises ValueError, TypeError or msgpack's errors for what is no record of ours."""
-    fields = list(msgpack.unpackb(body, use_list=False))
-    for field, kind in zip(fields, _KINDS, strict=True):
-        if not isinstance(field, kind):
-            raise TypeError(f"{field!r} is no {kind}")
-    if fields[4] is not None:
-        fields[4] = [(str(name), bytes(value)) for name, value in fields[4]]
-    return Record(*fields)
 
 
 def list_segments(directory: Path) -> list[Segment]:
@@ -248,7 +174,7 @@ class Spool:
         Raises SpoolError when ``max_bytes`` does not allow them or the disk does not take them; what was written of
         them is cut off again.
         """
-        encoded = [_encode(record) for record in records]
+        encoded = [encode(record) for record in records]
         with self._busy:
             self._append(encoded)
 

@@ -16,7 +16,7 @@ import trio
 from gateway.core.catalogue import REASON_OTHER
 from gateway.core.holds import SPOOL_BLOCKED
 from gateway.errors import NoThread, SpoolError
-from gateway.router.spool.segments import Record
+from gateway.router.spool.records import Record
 from gateway.threads import in_thread
 
 if TYPE_CHECKING:
