@@ -1,22 +1,23 @@
 """A WebSocket router daemon: authenticated MT5 tick clients in, Kafka records out.
 
-The way of one message::
+Every flow is one folder, reads in the order in which things happen, and joins two transports that do not know each
+other. The way up (`router`), of one message::
 
-    socket ─► frames ─► envelope header ─► route ─► producer queue ─► Kafka ─► delivery report ─► ack
-                                  └──────► dead-letter topic ─► spool ─► (next start)
+    socket ─► frames ─► header ─► verdict ─► producer queue ─► Kafka ─► report ─► ack
+                                     └─────► dead-letter topic ─► spool ─► (next start)
 
-1. `ingress.listener` accepts and gives each socket one task; `ingress.handshake` reads the upgrade under a deadline,
-   and `core.principal` turns its token into a `Principal`.
-2. `ingress.readiness`, one epoll for all, calls `feed` of each `ingress.session` whose socket has something to read;
-   `ingress.frames` yields whole messages.
-3. `core.envelope` reads the header and stamps by appending; `core.routing` knows the topic.
-4. `egress.delivery` hands the bytes to `egress.producer` and moves them through `core.books` when Kafka has answered.
-5. What was settled is acked, gathered by `ingress.heartbeat`.
+1. `ws.listener` accepts and gives each socket one task; `ws.upgrade` reads the handshake under a deadline and finds the
+   `ws.endpoints` it is for; `router.endpoint` turns the token into a principal.
+2. `ws.readiness`, one epoll for all, feeds each `ws.connection` whose socket has something to read; `ws.frames` yields
+   whole messages, and its handler, a `router.session`, takes them.
+3. `core.envelope` reads the header, `core.verdict` says where the message goes and what is stamped on.
+4. `kafka.producer` queues the bytes; the `router.lanes` remember what is under way, and Kafka's reports settle it.
+5. What fails has one of the `router.fates`, and `router.delivery` does what they say: queued again, a dead letter
+   (`router.deadletters`), or on the disk (`router.spool`).
+6. `core.books` know where every message is; what was settled is acked (`router.talk`), gathered by `ws.heartbeat`.
 
-``ingress`` and ``egress`` never import each other, ``core`` imports neither and does no I/O; `app` joins them.
-
-Around it: `__main__` takes the signals before anything else is imported, `cli` says what the command line means,
-`config` and `keys` what the settings mean, `running` how a fault of any kind ends a program. `app` is the daemon,
-`lifecycle` its states; `workers` runs several of them, each told by `orders` on its standard input. `sockets` listens,
-`threads` runs what blocks, `status` says how the daemon is.
+The rooms: `core` decides, without I/O; `ws` and `kafka` are the transports, which never import each other; `router`
+joins them. `ops` is what operators see, `telemetry` what is counted and logged, `config` what is set. `daemon` joins
+everything into a process, or several, and only it sees all of it. `client` is the other side; `cli` is what is typed;
+`testing` is for tests, benches and `demo`. `tests/test_structure.py` holds all of that.
 """

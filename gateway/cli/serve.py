@@ -42,7 +42,7 @@ def serve(
     Parameters
     ----------
     config_file
-        The TOML file. Without it the defaults hold, and `auth` must come from the environment.
+        The TOML file. Without it the defaults hold, and auth must come from the environment.
     embedded_kafka
         Run a Kafka inside the process, for trials; its address is printed. Without any key
         configured, the development secret is used, as by `gateway token`.
@@ -104,6 +104,11 @@ def _load(path: Path | None, flags: dict[str, Any], *, development: bool, instan
     return config.for_instance(settings, instance)
 
 
+def _load_with_kafka(load: Callable[[], Settings], bootstrap_servers: str) -> Settings:
+    """The settings, with the Kafka inside this process."""
+    return load().with_kafka(bootstrap_servers)
+
+
 def _serve_as_worker(orders: Orders, announcer: Announcer) -> int:
     """Serve with the settings that the parent has checked; faults are the parent's to tell."""
     from gateway import config
@@ -143,6 +148,7 @@ def _serve(
         if embedded_kafka:
             kafka = stack.enter_context(EmbeddedKafka(settings.table.all_topics()))
             settings = settings.with_kafka(kafka.bootstrap_servers)
+            load = partial(_load_with_kafka, load, kafka.bootstrap_servers)
         hold_signals()
         lost = run(
             partial(

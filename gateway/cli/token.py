@@ -33,7 +33,7 @@ def token(
     Parameters
     ----------
     user
-        The user_id: `sub`, and the key of every record.
+        The user_id: sub, and the key of every record.
     company
         The company_id.
     tier
@@ -49,9 +49,9 @@ def token(
     kid
         Name the key in the token's header.
     issuer
-        `iss`, when it is not the configured one.
+        iss, when it is not the configured one.
     audience
-        `aud`, when it is not the configured one.
+        aud, when it is not the configured one.
     """
     import time
 

@@ -1,8 +1,8 @@
 """The home of backpressure: reading runs while nothing holds it.
 
-`Flow` is the `Holds` of everything that can be full. With the first hold nothing is handed over any more
-(`gateway.ws.readiness` goes on reading a little, so that pings are answered); with the last one's end it goes on, what
-stalled first. Readiness, ``degraded`` and the metrics read it.
+`Flow` is the `gateway.core.holds.Holds` of everything that can be full. With the first hold nothing is handed over any
+more (`gateway.ws.readiness` goes on reading a little, so that pings are answered); with the last one's end it goes on,
+what stalled first. Readiness, ``degraded`` and the metrics read it.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ _NO_CONNECTION: Final = frozenset(
 _IDEMPOTENCE: Final = re.compile(r'"idemp_state": ?"(\w+)", ?"idemp_stateage": ?(\d+)')
 
 PRODUCE_ERRORS: Final = (BufferError, KafkaException)
-"""What `KafkaProducer.produce` raises for a record that was not taken: no room, or Kafka can never take it."""
+"""What `KafkaProducer`'s ``produce`` raises for a record that was not taken: no room, or Kafka can never take it."""
 
 Produce = Callable[[str, bytes, bytes, int, Callable[[Any, Any], None]], None]
 

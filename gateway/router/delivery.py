@@ -65,7 +65,7 @@ class Room(Enum):
 
 
 class Delivery:
-    """Queues messages and counts their fate: the `Owner` of the producer, the `Desk` of the lanes."""
+    """Queues messages and counts their fate: the owner of the producer, the desk of the lanes."""
 
     def __init__(
         self,

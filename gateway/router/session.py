@@ -75,7 +75,7 @@ class Home(Protocol):
 
 
 class Session:
-    """An authenticated connection: its `Handler`, and the `Sender` of what it hands over."""
+    """An authenticated connection: the handler of what it receives, the sender of what it hands over."""
 
     __slots__ = (
         "_alone",
@@ -131,7 +131,7 @@ class Session:
         self.received_messages = 0
         """Messages handed over so far: the index, from 1, of the last one."""
 
-    # Its connection (the Handler of `gateway.ws.connection`)
+    # Its connection (the handler of `gateway.ws.handler`)
 
     def opened(self, connection: Link) -> None:
         """The handshake is done."""

@@ -1,1 +1,1 @@
-"""What the gateway tells about itself: `metrics` counts, `logging` writes lines."""
+"""What is counted and logged: `metrics`, `process`, `logging`."""

@@ -1,7 +1,6 @@
-"""The way in, in the order a connection takes it.
+"""A WebSocket server on Trio (RFC 6455); knows no Kafka.
 
-`listener` accepts a socket and opens its one task. `handshake` reads the HTTP upgrade (`request`
-parses it), authenticates and answers. `connection` is the WebSocket connection from then on: its task
-sleeps while `readiness` calls its synchronous `feed` whenever bytes have arrived and `frames` cuts them into
-messages. `session` is the connection that routes what it receives. `heartbeat` looks after all of them.
+`sockets` listens, `listener` accepts, `tls` secures, `upgrade` reads the `request` of a handshake and finds which of
+the `endpoints` it is for. From then on `readiness` feeds the `connection`, which cuts `frames` into messages for its
+`handler` and lets an `outbox` say what is to be said; `heartbeat` looks after all of them, who are on a `roster`.
 """

@@ -71,7 +71,8 @@ class Stalled(Protocol):
         """Messages read and not handed over yet."""
 
     def resume(self) -> None:
-        """Hand over some of what was read and not yet handed over; `Readiness.stall` or `defer` when more is left."""
+        """Hand over some of what was read and not yet handed over; `Readiness.stall` or `Readiness.defer`
+        when more is left."""
 
     def crash(self, error: Exception) -> None:
         """End the connection because `resume` raised."""
@@ -104,7 +105,7 @@ class Readiness:
         self._timing: Callable[[float], None] | None = None
 
     def time_turns(self, timing: Callable[[float], None]) -> None:
-        """Tell ``timing`` how many seconds one `feed` took, in turns that are sampled."""
+        """Tell ``timing`` how many seconds one `Feedable.feed` took, in turns that are sampled."""
         self._timing = timing
 
     @property

@@ -37,7 +37,7 @@ class Record:
     connection_id: str
     received_at_ms: int
     reason: str
-    """Why it is here: one of `gateway.core.catalogue.SPOOL_REASONS`."""
+    """Why it is here: a `gateway.core.catalogue.Reason` that gives up."""
     uncertain: bool
     """It was on its way when it was given up: Kafka may hold it already."""
 
