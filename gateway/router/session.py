@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol
 
 from gateway.core import catalogue, notices
 from gateway.core.envelope import NO_PATTERN, head, is_timestamp, parse, repeats, tracing_stamp
@@ -144,11 +144,11 @@ class Session:
 
     def received(self, messages: Sequence[Payload]) -> None:
         """Hand over what one read brought, or keep it while that may not be."""
-        binary = cast("Sequence[bytes]", messages)  # the endpoint takes no text
+        # The endpoint takes no text; `typing.cast` would be a call.
         if self._backlog is not None or self._context.readiness.paused:
-            self._hold(binary)
+            self._hold(messages)  # type: ignore[arg-type]
         else:
-            self._hand_over(binary)
+            self._hand_over(messages)  # type: ignore[arg-type]
 
     def tick(self, now: float) -> float:
         """Close when the token has expired."""
@@ -187,7 +187,7 @@ class Session:
             self._look_up_anew(delivery)
         produce, key = delivery.produce, self._key
         lane, pattern = self._last_lane, self._last_pattern
-        room = Room.TAKEN
+        refused: Room | None = None
         rest = iter(messages)
         # hot: the plain case in one go, with locals for all that a message touches; `Tally.receive` says the same, in
         # a call more. Whatever is not plain takes `_route`, which parses nothing twice. bench/micro.py has the gain.
@@ -201,16 +201,16 @@ class Session:
             ):
                 judged = self._judge(raw)
                 if isinstance(judged, Verdict):
-                    room = self._route(raw, judged)
-                    if room is not Room.TAKEN:
+                    refused = self._route(raw, judged)
+                    if refused is not None:
                         break
                     continue
                 lane, pattern = judged, self._last_pattern
             try:
                 produce(lane.topic, raw, key, -1, lane)
             except PRODUCE_ERRORS:
-                room = self._send(lane, lane.tally.message_type, raw, b"")
-                if room is not Room.TAKEN:
+                refused = self._send(lane, lane.tally.message_type, raw, b"")
+                if refused is not None:
                     break
                 continue
             lane.waiting.append(raw)
@@ -222,8 +222,8 @@ class Session:
             self.received_messages += 1
             if lane.indices is not None:
                 lane.indices.append(self.received_messages)
-        if room is not Room.TAKEN:
-            self._put_back([raw, *rest], room)
+        if refused is not None:
+            self._put_back([raw, *rest], refused)
 
     def _judge(self, raw: bytes) -> Lane | Verdict:
         """The lane of a message that goes out as it came, the verdict on any other.
@@ -249,24 +249,26 @@ class Session:
         self._last_pattern = pattern or NO_PATTERN
         return lane
 
-    def _route(self, raw: bytes, verdict: Verdict) -> Room:
-        """Hand over one message that is not plain: to its topic, or as a dead letter."""
+    def _route(self, raw: bytes, verdict: Verdict) -> Room | None:
+        """Hand over one message that is not plain: to its topic, or as a dead letter. Returns why it was not taken."""
         if verdict.reason is not None:
             room = self._context.delivery.dead_letter(self, raw, verdict.reason, self.received_messages + 1)
-            if room is Room.TAKEN:
-                self.received_messages += 1
-                self._log(self._context.log_rejected, "message refused", reason=verdict.reason)
-            return room
+            if room is not Room.TAKEN:
+                return room
+            self.received_messages += 1
+            self._log(self._context.log_rejected, "message refused", reason=verdict.reason)
+            return None
         stamp = verdict.stamp
         if verdict.traced:
             stamp += tracing_stamp(f"{self.connection_id}-{self.received_messages + 1}")
         return self._send(self._lane(verdict), verdict.message_type, raw, stamp)
 
-    def _send(self, lane: Lane, message_type: str, raw: bytes, stamp: bytes) -> Room:
+    def _send(self, lane: Lane, message_type: str, raw: bytes, stamp: bytes) -> Room | None:
         room = self._context.delivery.send(lane, message_type, raw, stamp, self.received_messages + 1)
-        if room is Room.TAKEN:
-            self.received_messages += 1
-        return room
+        if room is not Room.TAKEN:
+            return room
+        self.received_messages += 1
+        return None
 
     def _lane(self, verdict: Verdict) -> Lane:
         """The session's one lane to a topic."""

@@ -22,7 +22,7 @@ import random
 import socket
 import ssl
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.core.catalogue import Close
-    from gateway.ws.frames import Event, Payload
+    from gateway.ws.frames import Event, Item, Payload
     from gateway.ws.handler import ConnectionLimits, Handler
     from gateway.ws.readiness import Readiness
 
@@ -136,20 +136,18 @@ class Connection:
         elif self._read_bytes != self._least_read_bytes:
             self._read_bytes = self._least_read_bytes
         self.last_heard = self._readiness.now
-        self._decode(data)
-
-    def _decode(self, data: bytes) -> None:
-        """Hand over the messages that ``data`` completes, and handle everything else in its place between them."""
+        # hot: nearly every read brings nothing but messages, for an open connection
         decoder = self._decoder
         items = decoder.receive(data)
-        if not items:
-            return
+        if decoder.only_messages and self.state == OPEN:
+            if items:
+                self._handler.received(items)  # type: ignore[arg-type]  # as `only_messages` says
+        else:
+            self._sort(items)
+
+    def _sort(self, items: list[Item]) -> None:
+        """Hand over messages, and handle everything else in its place between them."""
         takes = self.state == OPEN or self._takes_while_closing
-        # hot: nearly every read brings nothing but messages; one look instead of one for each of them
-        if decoder.only_messages:
-            if takes:
-                self._handler.received(cast("list[Payload]", items))
-            return
         messages: list[Payload] = []
         for item in items:
             if isinstance(item, bytes | str):
@@ -339,7 +337,7 @@ class Connection:
         try:
             self._handler.opened(self)
             if first:
-                self._decode(first)
+                self._sort(self._decoder.receive(first))
         except Exception as error:  # the barrier around each connection
             self.crash(error)
 
