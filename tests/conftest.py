@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 from confluent_kafka import Producer
+from hypothesis import settings
 
 from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES
 from gateway.kafka.embedded import EmbeddedKafka
 from gateway.testing import kafka as apache
 from gateway.testing.daemon import Daemon
 
+settings.register_profile("quick", max_examples=20)  # `.ci/quick`; the others look longer
+
 
 def pytest_xdist_auto_num_workers() -> int | None:
     """``-n auto``: two workers a core, 16 at most, since tests wait for processes much of the time."""
     return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else min(16, 2 * len(os.sched_getaffinity(0)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts a gateway process: ``-m 'not daemon'`` leaves what takes seconds (`.ci/quick`)."""
+    for item in items:
+        if isinstance(item, pytest.Function) and (
+            {"daemon", "start_daemon"} & set(item.fixturenames) or "Daemon(" in inspect.getsource(item.function)
+        ):
+            item.add_marker(pytest.mark.daemon)
 
 
 @pytest.fixture(scope="session")

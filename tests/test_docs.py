@@ -6,13 +6,14 @@ import ast
 import importlib
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from gateway.config.settings import SECTIONS
 from gateway.testing.daemon import Daemon
-from tests.test_structure import PACKAGE, modules
+from tests.test_structure import PACKAGE, modules, tree
 
 README = (PACKAGE.parent / "README.md").read_text()
 NAME = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)`(?!`)")
@@ -76,14 +77,16 @@ def _has(holder: object, name: str) -> bool:
     return True
 
 
+@cache
 def _classes(path: Path) -> list[str]:
     """The classes of a module: its own docstring may name what they have."""
-    return [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    return [node.name for node in tree(path).body if isinstance(node, ast.ClassDef)]
 
 
+@cache
 def _attributes(path: Path, scope: str) -> set[str]:
     """What a class sets on itself, and its fields."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.ClassDef) and node.name == scope:
             return {
                 one.attr
@@ -93,11 +96,12 @@ def _attributes(path: Path, scope: str) -> set[str]:
     return set()
 
 
+@cache
 def _imported(path: Path) -> set[str]:
     """Names that a module imports for type checkers alone, or inside functions."""
     return {
         alias.asname or alias.name.partition(".")[0]
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }
@@ -108,18 +112,31 @@ def test_names_in_docstrings_are_there(name: str) -> None:
     path = dict(modules())[name]
     missing = [
         quoted
-        for owners, text in docstrings(ast.parse(path.read_text()))
+        for owners, text in docstrings(tree(path))
         for quoted in NAME.findall(text)
         if not resolves(quoted, name, owners, path) and quoted not in THEIRS
     ]
     assert not missing, f"{name} names {', '.join(sorted(set(missing)))}"
 
 
+def test_walks_through_the_code_name_what_is_there() -> None:
+    steps = re.findall(r"`(\w+(?:/\w+)*\.py)(?:: ([\w.]+))?`", README)
+    assert len(steps) > 40
+    missing = []
+    for file, name in steps:
+        root = PACKAGE if (PACKAGE / file).is_file() else PACKAGE.parent
+        if not (root / file).is_file():
+            missing.append(file)
+        elif name and not _is_module_or_more(f"gateway.{file.removesuffix('.py').replace('/', '.')}.{name}"):
+            missing.append(f"{file}: {name}")
+    assert not missing
+
+
 def test_settings_in_the_readme_are_settings() -> None:
     sections = "|".join(SECTIONS)
     environment = re.findall(r"GATEWAY_([A-Z]+)__([A-Z_]+)", README)
     named = {*re.findall(rf"`({sections})\.(\w+)`", README), *((one.lower(), key.lower()) for one, key in environment)}
-    assert len(named) > 20
+    assert len(named) > 10
     assert not {f"{section}.{key}" for section, key in named if key not in SECTIONS[section].model_fields}
 
 

@@ -50,10 +50,16 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 @cache
+def tree(path: Path) -> ast.Module:
+    """A module's syntax."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path) -> frozenset[str]:
     """What a module imports, anywhere in it, behind TYPE_CHECKING too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -124,7 +130,7 @@ def test_long_functions_and_modules_say_why() -> None:
         lines = path.read_text().splitlines()
         if len(lines) > LONG_MODULE and not any(line.startswith(REASON) for line in lines):
             found.append(f"{name}: {len(lines)} lines")
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _length(node) > LONG_FUNCTION:
                 head = lines[node.lineno - 1 : node.body[0].lineno]
                 if not any(REASON in line for line in head):
@@ -156,7 +162,7 @@ def test_nobody_outside_a_class_sets_its_attributes() -> None:
         text = path.read_text()
         lines = text.splitlines()
         theirs = THEIR_OWN.get(str(path.relative_to(PACKAGE)), set())
-        for function in ast.walk(ast.parse(text)):
+        for function in ast.walk(tree(path)):
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or function.name == "__new__":
                 continue
             if any(HOT in line for line in lines[function.lineno - 1 : function.end_lineno]):

@@ -53,6 +53,11 @@ class Reload:
         self.subscribe("tls", self._prepare_tls)
         self.subscribe("log", self._prepare_log)
 
+    @property
+    def sections(self) -> frozenset[str]:
+        """The sections that somebody takes."""
+        return frozenset(self._subscribers)
+
     def subscribe(self, section: str, prepare: Prepare) -> None:
         """Let a part take a section: ``prepare`` gets the new settings and returns what applies them.
 

@@ -246,7 +246,7 @@ class Delivery:
             if fault in (Fault.PRODUCER, Fault.TOPIC):
                 self._producer.note_fault(fault, error, message.topic)
                 return None
-            self._log_refusal(message, error)
+            self._log_failure(message, error)
             return Event.REFUSED
         return Event.TAKEN
 
@@ -350,7 +350,7 @@ class Delivery:
 
     def report(self, lane: Lane, error: Any, reported: Any) -> None:
         """Kafka's report on a record of a lane: it is not plain, has failed, or is out of order."""
-        if error is not None and self._is_not_its_own(error, reported):
+        if error is not None and self._is_producer_failure(error, reported):
             lane.note_returned(reported, uncertain=may_be_written(error.code()))
             self._waitlist.add_lane(lane)
             self._producer.count_failure()
@@ -365,18 +365,18 @@ class Delivery:
                 self.sample(reported.latency())
             return
         message.fail(reported, uncertain=may_be_written(error.code()))
-        if self._is_not_its_own(error, reported):
+        if self._is_producer_failure(error, reported):
             self._happens(message, Event.HANDED_BACK)
             self._waitlist.add([message])
         elif self._abandoned:
             self._happens(message, Event.ABANDONED)
         else:
-            self._log_refusal(message, error)
+            self._log_failure(message, error)
             self._happens(message, Event.REFUSED)
             self._advance_or_defer(message)
         self._producer.count_failure()
 
-    def _is_not_its_own(self, error: Any, reported: Any) -> bool:
+    def _is_producer_failure(self, error: Any, reported: Any) -> bool:
         """Whether a failure is not the record's: it is to be queued again, or given up.
 
         Once the drain has given up, late reports are not gathered: each goes on at once.
@@ -396,11 +396,11 @@ class Delivery:
         fault = fault_of(error.code())
         return Fault.RECORD if fault is Fault.TOPIC and topic not in self._routes.all_topics() else fault
 
-    def _log_refusal(self, message: Message, error: Any) -> None:
+    def _log_failure(self, message: Message, error: Any) -> None:
         if message.headers is None:
-            self._log_failed("record refused", topic=message.topic, error=error.str(), path=message.sender.path)
+            self._log_failed("record failed", topic=message.topic, error=error.str(), path=message.sender.path)
         else:
-            self._log_failed("dead letter refused", topic=message.topic, error=error.str())
+            self._log_failed("dead letter failed", topic=message.topic, error=error.str())
 
     # What waits for room
 

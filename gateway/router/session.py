@@ -256,7 +256,7 @@ class Session:
             if room is not Room.TAKEN:
                 return room
             self.received_messages += 1
-            self._log(self._context.log_rejected, "message refused", reason=verdict.reason)
+            self._log(self._context.log_rejected, "message rejected", reason=verdict.reason)
             return None
         stamp = verdict.stamp
         if verdict.traced:

@@ -72,3 +72,14 @@ def test_summary_of_many_companies_is_the_last_recounts_which_goes_on_slice_by_s
     assert books.companies == FEW_COMPANIES
     assert books.summary().totals.received == 2 * companies + 1, "the gone are in it, and so few are summed up at once"
     assert books.summary().unbalanced_companies == 0
+
+
+def test_a_message_is_received_once_and_moves_from_place_to_place() -> None:
+    tally = Tally()
+    tally.receive(100)
+    tally.receive(50)
+    assert (tally.received, tally.received_bytes, tally.in_flight, tally.in_flight_bytes) == (2, 150, 2, 150)
+    tally.move("in_flight", "spooled", 100)
+    tally.move("in_flight", "delivered", 50)
+    assert (tally.in_flight, tally.in_flight_bytes, tally.spooled_bytes, tally.delivered_bytes) == (0, 0, 100, 50)
+    assert (tally.imbalance, tally.imbalance_bytes) == (0, 0)

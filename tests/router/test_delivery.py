@@ -347,7 +347,7 @@ async def test_record_the_topic_refuses_becomes_a_dead_letter(apache_broker: Bro
     assert headers_of(record)["reason"] == catalogue.REASON_KAFKA_REFUSED
     totals = side.books.totals()
     assert (totals.delivered, totals.dead_lettered, totals.imbalance) == (1, 1, 0)
-    assert any(event == "record refused" for event, _ in side.lines)
+    assert any(event == "record failed" for event, _ in side.lines)
 
 
 @pytest.mark.apache
@@ -382,7 +382,7 @@ async def test_dead_letter_topic_that_refuses_at_once_costs_the_message_and_noth
     assert sender.settled == [1, 2], "dropped and reported: acks go on behind it"
     assert sender.rejected == [(catalogue.GIVEN_UP_DEAD_LETTER_REFUSED, 1), (catalogue.GIVEN_UP_DEAD_LETTER_REFUSED, 2)]
     assert counted(side.metrics, "gateway_drops", reason=catalogue.GIVEN_UP_DEAD_LETTER_REFUSED) == 2
-    assert [event for event, _ in side.lines].count("dead letter refused") == 2
+    assert [event for event, _ in side.lines].count("dead letter failed") == 2
 
 
 async def test_producer_that_fails_for_good_is_replaced_and_what_it_held_arrives_in_order(make_side: Make) -> None:

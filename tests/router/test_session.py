@@ -513,3 +513,31 @@ async def test_message_as_long_as_the_last_one_is_still_judged_as_a_whole() -> N
             (foreign, catalogue.REASON_FOREIGN_USER),
             (broken, catalogue.REASON_NOT_AN_ENVELOPE),
         ]
+
+
+async def test_session_that_is_closed_before_it_is_open_closes_when_it_is() -> None:
+    """A drain may come while the 101 is still being written."""
+    async with world(notices.JSON) as it:
+        await it.peer.receive_some()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    readiness = Readiness()
+    session = Session(
+        it.session._context,
+        it,
+        connection_id="c-2",
+        principal=it.session.principal,
+        account="alice",
+        path="/",
+        subprotocol=None,
+    )
+    session.close_for_restart()
+    connection = Connection(ours, readiness, LIMITS, session)
+    peer = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(readiness.run)
+        nursery.start_soon(connection.run)
+        with trio.fail_after(5):
+            assert (await peer.receive_some())[2:4] == (1012).to_bytes(2, "big")
+        nursery.cancel_scope.cancel()
+    await peer.aclose()

@@ -18,6 +18,9 @@ from gateway.ws.frames import Decoder, Failure, Item, PeerClose, Ping, Pong
 
 LIMIT = 4096
 
+MANY = 3 * settings().max_examples
+"""How many streams are tried: three times what the profile says."""
+
 
 @st.composite
 def conversations(draw: st.DrawFn) -> tuple[bytes, list[Item]]:
@@ -56,7 +59,7 @@ def split(draw: st.DrawFn, stream: bytes) -> list[bytes]:
     return [stream[start:stop] for start, stop in pairwise(edges)]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_split_of_the_stream_gives_the_same_items(data: st.DataObject) -> None:
     stream, expected = data.draw(conversations())
@@ -67,7 +70,7 @@ def test_any_split_of_the_stream_gives_the_same_items(data: st.DataObject) -> No
     assert got == expected
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_split_of_garbage_gives_the_same_items_and_ends_with_the_failure(data: st.DataObject) -> None:
     stream = data.draw(st.binary(max_size=400))
@@ -91,7 +94,7 @@ def test_byte_by_byte_equals_at_once() -> None:
     assert got[-1] == b""
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_frames_of_one_length_in_a_row_are_cut_where_each_ends(data: st.DataObject) -> None:
     """Each with a masking key of its own, with others between them, and the last one perhaps not all there."""
