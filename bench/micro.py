@@ -17,23 +17,22 @@ from collections.abc import Callable
 import trio
 
 from bench.load import envelope, frame
-from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
 from gateway.core.credentials import TokenRules, VerifyKey, mint
+from gateway.core.limits import TierLimits
 from gateway.core.notices import JSON
 from gateway.core.principal import Principal
+from gateway.core.protection import Protection
 from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes
+from gateway.core.tenants import Tenants
 from gateway.kafka.producer import KafkaProducer
 from gateway.router.delivery import Delivery
-from gateway.router.endpoint import Identity
-from gateway.router.session import SessionContext
-from gateway.router.sessions import Sessions
+from gateway.router.session import Session, SessionContext
 from gateway.telemetry.logging import Log, RateLimited
 from gateway.telemetry.metrics import Metrics
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.ws import request
 from gateway.ws.connection import Connection
-from gateway.ws.endpoints import Granted
 from gateway.ws.frames import Decoder
 from gateway.ws.handler import ConnectionLimits
 from gateway.ws.readiness import Readiness
@@ -90,6 +89,13 @@ def steps(message: bytes, batch: int) -> dict[str, Step]:
     }
 
 
+class Nowhere:
+    """Where the session is kept."""
+
+    def leave(self, session: Session, outcome: str) -> None:
+        """Nobody counts."""
+
+
 def session_steps(
     message: bytes, batch: int, producer: KafkaProducer, metrics: Metrics, subprotocol: str | None
 ) -> dict[str, Step]:
@@ -100,10 +106,30 @@ def session_steps(
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     readiness = Readiness()
-    context = SessionContext(readiness, delivery, 200, 0, lambda: 5.0, lambda _: None, quiet, quiet)
     principal = Principal("user-000001", "bench", "pro", 4e9)
-    sessions = Sessions(context, Admission(10, AddressRate(0, 1)), Books(), metrics)
-    session = sessions.open(Granted(Identity(principal, "1", "/"), subprotocol))
+    tenants = Tenants({"pro": TierLimits(messages_per_second=1e9)})
+    tenants.learn_tier(principal)
+    session = Session(
+        SessionContext(
+            readiness=readiness,
+            delivery=delivery,
+            ack_interval_ms=200,
+            reconnect_window_ms=0,
+            leeway_s=lambda: 5.0,
+            trip=lambda _: None,
+            protection=Protection(),
+            notify=lambda _: None,
+            log_rejected=quiet,
+            log_crash=quiet,
+        ),
+        Nowhere(),
+        connection_id="bench-1",
+        principal=principal,
+        user=tenants.user(principal, 0.0),
+        account="1",
+        path="/",
+        subprotocol=subprotocol,
+    )
     connection = Connection(ours, readiness, LIMITS, session)
     session.opened(connection)
     wire = frame(message) * batch

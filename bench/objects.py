@@ -29,6 +29,7 @@ from gateway.daemon.run import run
 from gateway.kafka.embedded import EmbeddedKafka
 from gateway.telemetry.logging import Log
 from gateway.telemetry.metrics import Metrics
+from gateway.testing.daemon import NO_LIMITS
 from gateway.testing.devkeys import mint_with_secret
 
 OURS = ("bench/", "tracemalloc")
@@ -53,6 +54,7 @@ async def measure(connections: int) -> list[tuple[str, float, float]]:
                 "listen.max_pending_per_address": 0,
                 "kafka.bootstrap_servers": kafka.bootstrap_servers,
                 "spool.directory": "",
+                **NO_LIMITS,
             },
         )
         metrics = Metrics()

@@ -25,7 +25,7 @@ def books_of(companies: int) -> Books:
     books = Books()
     for number in range(companies):
         company = f"company-{number}"
-        books.open(company)
+        books.tenants.company(company).count(connections=1)
         for message_type in DEFAULT_ROUTES:
             tally = books.tally(company, message_type)
             tally.received = tally.delivered = 3

@@ -68,6 +68,11 @@ class Echo:
         self.connection = None
 
 
+async def open_echo(granted: Granted) -> Echo:
+    """The handler of a connection."""
+    return Echo()
+
+
 def anybody(asked: Asked) -> Granted:
     """Grant every upgrade."""
     return Granted(None)
@@ -79,7 +84,7 @@ async def serve(port: int, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_
     quiet = RateLimited(lambda *_, **__: None, trio.current_time)
     admission = Admission(1000, AddressRate(0, 1))
     admission.open()
-    endpoint = Endpoint("echo", PathTemplate("/"), LIMITS, OriginRules(), anybody, lambda _: Echo(), text=True)
+    endpoint = Endpoint("echo", PathTemplate("/"), LIMITS, OriginRules(), anybody, open_echo, text=True)
     listener = Listener(
         open_listening_sockets("listen", "127.0.0.1", port, backlog=128),
         upgrade=Upgrade(Endpoints([endpoint]), admission),

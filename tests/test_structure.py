@@ -19,9 +19,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"core"},
     "ws": {"core", "telemetry"},
     "kafka": {"core", "telemetry", "config"},
-    "router": {"core", "telemetry", "ws", "kafka"},
+    "registry": {"core", "telemetry"},
+    "router": {"core", "telemetry", "ws", "kafka", "registry"},
     "ops": {"core", "telemetry", "ws", "kafka", "router"},
-    "daemon": {"core", "telemetry", "config", "ws", "kafka", "router", "ops"},
+    "daemon": {"core", "telemetry", "config", "ws", "kafka", "registry", "router", "ops"},
     "client": {"core"},
 }
 """Rooms that are not named here may see all others."""

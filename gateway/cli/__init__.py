@@ -26,10 +26,15 @@ app = cyclopts.App(
 # Said here and not by the commands' docstrings, so that the list needs none of their modules.
 for path, text in {
     "serve:serve": "Run the daemon until SIGTERM or SIGINT.",
-    "check_config:check_config": "Check a TOML file with everything it names. Connects to nothing.",
+    "check_config:check_config": (
+        "Check a TOML file with everything it names: keys, certificate, Kafka properties. Connects to nothing.\n\n"
+        "Where the file names systemd credentials and this is not the unit, they are named, and the rest is checked."
+    ),
     "token:token": "Print a development token.",
     "stream:stream": "Replay a tick file to a gateway, as an MT5 client would.",
-    "demo:demo": "Show the whole system on this machine, every message accounted for.",
+    "demo:demo": (
+        "Show the whole system on this machine: an embedded Kafka, the daemon, clients over WSS, a checking consumer."
+    ),
     "spool:app": "The spool: records that Kafka has not taken yet.",
 }.items():
     app.command(f"gateway.cli.{path}", name=path.partition(":")[0].replace("_", "-"), help=text)

@@ -261,8 +261,8 @@ async def _shake_hands(
 
 def _rejected(error: trio_websocket.ConnectionRejected) -> HandshakeRejected:
     try:
-        code = json.loads(error.body or b"")["error"]["code"]
-    except (ValueError, KeyError, TypeError):
+        code = str(json.loads(error.body or b"")["error"]["code"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         code = ""
     retry_after = dict(error.headers or ()).get(b"retry-after", b"")
     return HandshakeRejected(error.status_code, code, float(retry_after) if retry_after.isdigit() else None)

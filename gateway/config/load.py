@@ -73,7 +73,7 @@ def load(
     faults = _unknown_environment()
     flag_values: dict[str, Any] = {}
     for dotted, value in (flags or {}).items():
-        *sections, key = dotted.split(".", 1)
+        *sections, key = dotted.split(".")
         table = flag_values
         for section in sections:
             table = table.setdefault(section, {})

@@ -6,6 +6,7 @@ which of its settings a reload takes (``live``).
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
@@ -20,7 +21,9 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gateway.config.promises import PROMISES, Property, breaks_promise
+from gateway.core.breaker import BreakerRules
 from gateway.core.credentials import ALGORITHMS
+from gateway.core.limits import TierLimits
 from gateway.core.origins import check_allowed, check_public
 from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Routes, check_topic
 
@@ -74,8 +77,8 @@ _PATH = re.compile(r"/[!-~]*\Z")
 
 def _check_path(path: str) -> str:
     """A request's path, as RFC 9112 3.2 has it in a target: no query and no fragment can ever be part of it."""
-    if not _PATH.match(path) or "?" in path or "#" in path:
-        raise ValueError("wanted a path of ASCII that begins with / and has no query (?) and no fragment (#)")
+    if not _PATH.match(path) or set(path) & set("?#{}"):
+        raise ValueError("wanted a path of ASCII that begins with / and has no query (?), no fragment (#), no braces")
     return path.rstrip("/") or "/"
 
 
@@ -95,6 +98,7 @@ class ListenSettings(Section):
     """What browsers call this gateway behind a proxy that rewrites Host: such an Origin passes as its own."""
     handshakes_per_address_per_s: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 50.0
     handshakes_per_address_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    max_connections_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     max_pending_per_address: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     max_held_bytes: Annotated[int, Field(ge=65_536, le=1 << 36)] = 256 * 1024 * 1024
     """What all connections together may hold that was read while Kafka takes nothing, each an equal share of it."""
@@ -167,6 +171,103 @@ class SessionSettings(Section):
         if self.idle_timeout_s <= self.ping_interval_s:
             raise ValueError("idle_timeout_s must be longer than ping_interval_s")
         return self
+
+
+_Rate = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+_Limit = Annotated[int, Field(ge=0, le=1_000_000_000)]
+_Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
+
+
+class TierSettings(Section):
+    """What a tier allows; 0 is no limit. `gateway.core.limits.TierLimits` says what each number is."""
+
+    live: ClassVar = True
+
+    messages_per_second: _Rate = 50.0
+    burst_s: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 2.0
+    company_messages_per_second: _Rate = 0.0
+    company_bytes_per_second: _Rate = 0.0
+    company_bytes_per_day: _Bytes = 0
+    company_bytes_per_month: _Bytes = 0
+    users: _Limit = 1
+    accounts: _Limit = 5
+    accounts_per_user: _Limit = 0
+    connections_per_account: _Limit = 1
+    pairs: _Limit = 0
+
+    @property
+    def limits(self) -> TierLimits:
+        """The same as the core takes it."""
+        return TierLimits(**self.model_dump())
+
+
+class ProSettings(TierSettings):
+    """Defaults of the tier ``pro``."""
+
+    messages_per_second: _Rate = 75.0
+    users: _Limit = 5
+    accounts: _Limit = 20
+
+
+class EnterpriseSettings(TierSettings):
+    """Defaults of the tier ``enterprise``."""
+
+    messages_per_second: _Rate = 100.0
+    users: _Limit = 10
+    accounts: _Limit = 50
+
+
+class TiersSettings(Section):
+    """The limits of tenants, by the tier that their tokens name."""
+
+    live: ClassVar = True
+
+    free: TierSettings = TierSettings()
+    pro: ProSettings = ProSettings()
+    enterprise: EnterpriseSettings = EnterpriseSettings()
+
+    @property
+    def limits(self) -> dict[str, TierLimits]:
+        """The same as the core takes it."""
+        return {name: getattr(self, name).limits for name in type(self).model_fields}
+
+
+def _check_network(text: str) -> str:
+    """An address or a network, as `ipaddress` reads it."""
+    return str(ipaddress.ip_network(text))
+
+
+class BreakerSettings(Section):
+    """Who is shut out, and for how long: users whose messages, addresses whose handshakes mostly fail within a minute.
+
+    A ``share`` of 1 shuts nobody out.
+    """
+
+    live: ClassVar = True
+
+    share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    least: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    ban_s: _Seconds = 60.0
+    max_ban_s: _Seconds = 900.0
+    forgive_s: _Seconds = 3600.0
+    exempt_addresses: tuple[Annotated[str, AfterValidator(_check_network)], ...] = ("127.0.0.0/8", "::1/128")
+    """Addresses and networks that are never shut out: those of balancers, behind which everybody has one address."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> BreakerSettings:
+        if self.max_ban_s < self.ban_s:
+            raise ValueError("max_ban_s is shorter than ban_s")
+        return self
+
+    @property
+    def rules(self) -> BreakerRules:
+        """The same as the core takes it."""
+        return BreakerRules(**self.model_dump(exclude={"exempt_addresses"}))
+
+    @property
+    def exempt(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+        """``exempt_addresses`` as networks."""
+        return [ipaddress.ip_network(text) for text in self.exempt_addresses]
 
 
 class RouteSettings(Section):
@@ -274,6 +375,8 @@ class Settings(BaseSettings):
     tls: TlsSettings = TlsSettings()
     auth: AuthSettings
     session: SessionSettings = SessionSettings()
+    tiers: TiersSettings = TiersSettings()
+    breaker: BreakerSettings = BreakerSettings()
     routes: RouteSettings = RouteSettings()
     kafka: KafkaSettings = KafkaSettings()
     sidecar: SidecarSettings = SidecarSettings()

@@ -1,6 +1,6 @@
-"""Whether a connection may come in, beyond its token: the cap, and the rate of its address.
+"""Whether a connection may come in, before its token is looked at: the cap, its address' rate, bans and connections.
 
-Later rules (tenant limits, bans) belong here too: each is asked with the time and answers with a refusal.
+What a token must be known for, the limits of its tenant, is asked afterwards (`gateway.core.tenants`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 from gateway.core import catalogue
+from gateway.core.protection import Protection
 from gateway.errors import Refused
 
 if TYPE_CHECKING:
@@ -56,9 +57,20 @@ class AddressRate:
 class Admission:
     """``closed`` is the refusal while nobody may come in, as at the start."""
 
-    def __init__(self, max_connections: int, addresses: AddressRate) -> None:
+    def __init__(
+        self,
+        max_connections: int,
+        addresses: AddressRate,
+        protection: Protection | None = None,
+        *,
+        max_per_address: int = 0,
+    ) -> None:
+        """``max_per_address`` bounds an address's connections; 0 does not."""
         self._max = max_connections
         self._addresses = addresses
+        self._max_per_address = max_per_address
+        self._by_address: dict[str, int] = {}
+        self.protection = Protection() if protection is None else protection
         self.connections = 0
         self.closed: Refusal | None = catalogue.STARTING
 
@@ -75,10 +87,22 @@ class Admission:
 
         ``now`` is in seconds of any steady clock. While nobody may come in anyway, nothing is counted.
         """
+        self.protection.check_address(address, now)
+        if self._max_per_address and self._by_address.get(address, 0) >= self._max_per_address:
+            raise Refused(catalogue.TOO_MANY_CONNECTIONS)
         if self.closed is None:
             wait_s = self._addresses.spend(address, now)
             if wait_s:
                 raise Refused(catalogue.TOO_MANY_ATTEMPTS, retry_after_s=max(1, round(wait_s + 0.5)))
+
+    def count(self, address: str, change: int) -> None:
+        """So many connections of ``address`` more, or less, those too whose handshake is not done."""
+        if self._max_per_address:
+            left = self._by_address.get(address, 0) + change
+            if left:
+                self._by_address[address] = left
+            else:
+                del self._by_address[address]
 
     def check(self) -> None:
         """Raise Refused unless somebody may come in now; asked before the token is looked at."""

@@ -4,79 +4,25 @@ At every moment, for each company and for the process,
 ``received = delivered + dead_lettered + dropped + spooled + in_flight``, in messages and in bytes. Bytes are those of
 the messages as received: what the gateway stamps on them is not counted.
 
-``in_flight`` is counted on its own, up when a message is taken (`Tally.receive`) and down when its fate is known
-(`Tally.move`), so the equation can fail and is worth checking (`Books.totals`, ``gateway_books_imbalance``). Nobody
-else changes a count, but for the two hot paths that say so where they do: a session's loop and a lane's report.
+``in_flight`` is counted on its own (`gateway.core.tally.Tally`), so the equation can fail and is worth checking
+(`Books.totals`, ``gateway_books_imbalance``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
-from typing import TYPE_CHECKING, Final, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from gateway.core.tally import Tally
+from gateway.core.tenants import Tenants
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
-Place = Literal["in_flight", "delivered", "dead_lettered", "dropped", "spooled"]
-"""Where a message can be that was received."""
+    from gateway.core.tenants import Company, Moment
 
 UNKNOWN_TYPE: Final = "unknown"
 """The message type of what has no route; whatever the client wrote there never becomes a label."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts of one company's messages of one type. Plain ints: the hot path adds to them directly."""
-
-    message_type: str = ""
-    received: int = 0
-    received_bytes: int = 0
-    delivered: int = 0
-    delivered_bytes: int = 0
-    dead_lettered: int = 0
-    dead_lettered_bytes: int = 0
-    dropped: int = 0
-    dropped_bytes: int = 0
-    spooled: int = 0
-    spooled_bytes: int = 0
-    in_flight: int = 0
-    in_flight_bytes: int = 0
-
-    def receive(self, size: int) -> None:
-        """A message of ``size`` bytes has been taken: it is in flight."""
-        self.received += 1
-        self.received_bytes += size
-        self.in_flight += 1
-        self.in_flight_bytes += size
-
-    def move(self, source: Place, target: Place, size: int) -> None:
-        """A message of ``size`` bytes that was at ``source`` is at ``target`` now."""
-        for place, change in ((source, -1), (target, 1)):
-            setattr(self, place, getattr(self, place) + change)
-            name = f"{place}_bytes"
-            setattr(self, name, getattr(self, name) + change * size)
-
-    @property
-    def imbalance(self) -> int:
-        """Messages that the equation cannot place; 0 unless there is a bug."""
-        return self.received - (self.delivered + self.dead_lettered + self.dropped + self.spooled + self.in_flight)
-
-    @property
-    def imbalance_bytes(self) -> int:
-        """Bytes that the equation cannot place; 0 unless there is a bug."""
-        placed = self.delivered_bytes + self.dead_lettered_bytes + self.dropped_bytes + self.spooled_bytes
-        return self.received_bytes - (placed + self.in_flight_bytes)
-
-    def add(self, others: Collection[Tally]) -> None:
-        """Add every count of ``others`` to this one."""
-        # hot: for a scrape, over thousands of companies; a column at a time in C takes 0.4 us a tally, adding count by
-        # count takes five times that
-        for name, get in _COUNTS.items():
-            setattr(self, name, sum(map(get, others), getattr(self, name)))
-
-
-_COUNTS: Final = {count.name: attrgetter(count.name) for count in fields(Tally) if count.name != "message_type"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +39,9 @@ class Summary:
         return _sum(self.by_type.values())
 
 
-@dataclass(slots=True)
-class _Company:
-    connections: int = 0
-    tallies: dict[str, Tally] = field(default_factory=dict)
-
-    def count(self, change: int) -> None:
-        """``change`` connections more, or less."""
-        self.connections += change
-
-    @property
-    def unbalanced(self) -> bool:
-        """Whether either equation fails, for any type."""
-        return any(tally.imbalance or tally.imbalance_bytes for tally in self.tallies.values())
+def _is_unbalanced(company: Company) -> bool:
+    """Whether either equation fails, for any type."""
+    return any(tally.imbalance or tally.imbalance_bytes for tally in company.tallies.values())
 
 
 FEW_COMPANIES: Final = 256
@@ -117,35 +53,29 @@ SLICE_COMPANIES: Final = 200
 class Books:
     """The tallies of all companies.
 
-    A company without connections and without messages in flight is folded into a common remainder, so memory follows
-    the companies that are there, not all that ever were. That, and summing up many companies, is the work of `recount`,
-    which somebody steps through once a second; between, `summary` is as old as that with more than `FEW_COMPANIES`.
+    They are the companies' own (`gateway.core.tenants.Company`). A company that is idle and has no messages in flight
+    is folded into a common remainder, so memory follows the companies that are there, not all that ever were. That, and
+    summing up many companies, is the work of `recount`, which somebody steps through once a second; between, `summary`
+    is as old as that with more than `FEW_COMPANIES`.
     """
 
-    def __init__(self) -> None:
-        self._companies: dict[str, _Company] = {}
+    def __init__(self, tenants: Tenants | None = None) -> None:
+        self.tenants = Tenants() if tenants is None else tenants
+        self._companies = self.tenants.companies
         self._gone: dict[str, Tally] = {}
         self._counted: Summary | None = None
 
-    def open(self, company_id: str) -> None:
-        """Note one more connection of ``company_id``."""
-        self._companies.setdefault(company_id, _Company()).count(1)
-
-    def close(self, company_id: str) -> None:
-        """Note one connection of ``company_id`` less."""
-        self._companies[company_id].count(-1)
-
     def tally(self, company_id: str, message_type: str) -> Tally:
         """The tally to count into; valid while the company is connected or has messages in flight."""
-        tallies = self._companies.setdefault(company_id, _Company()).tallies
+        tallies = self.tenants.company(company_id).tallies
         return tallies.setdefault(message_type, Tally(message_type))
 
-    def fold(self) -> None:
-        """Move the tallies of companies that are gone into the remainder."""
+    def fold(self, utc: Moment | None = None) -> None:
+        """Move the tallies of companies that are gone into the remainder; ``utc`` tells whose budgets are over."""
         idle = [
             company_id
             for company_id, company in self._companies.items()
-            if not company.connections and not any(tally.in_flight for tally in company.tallies.values())
+            if company.is_idle(utc) and not any(tally.in_flight for tally in company.tallies.values())
         ]
         gone: dict[str, list[Tally]] = {}
         for company_id in idle:
@@ -154,9 +84,9 @@ class Books:
         for message_type, tallies in gone.items():
             self._gone.setdefault(message_type, Tally()).add(tallies)
 
-    def recount(self) -> Iterator[None]:
+    def recount(self, utc: Moment | None = None) -> Iterator[None]:
         """Fold, and sum everything up in steps of 2 ms or so with 10,000 companies; others may run between two."""
-        self.fold()
+        self.fold(utc)
         if len(self._companies) <= FEW_COMPANIES:
             self._counted = None
             return
@@ -167,7 +97,7 @@ class Books:
         for at in range(0, len(companies), SLICE_COMPANIES):
             part = companies[at : at + SLICE_COMPANIES]
             _add(sums, (item for company in part for item in company.tallies.items()))
-            unbalanced += sum(company.unbalanced for company in part)
+            unbalanced += sum(map(_is_unbalanced, part))
             yield
         self._counted = Summary(sums, unbalanced)
 
@@ -194,11 +124,11 @@ class Books:
 
     def unbalanced_companies(self) -> list[str]:
         """Companies whose books do not balance, for the log: always empty unless there is a bug."""
-        return [company_id for company_id, company in self._companies.items() if company.unbalanced]
+        return [company_id for company_id, company in self._companies.items() if _is_unbalanced(company)]
 
     @property
     def companies(self) -> int:
-        """Companies with a connection or a message in flight."""
+        """Companies that are kept: with a connection or a message in flight, or with something to remember."""
         return len(self._companies)
 
     def _all(self) -> Iterator[tuple[str, Tally]]:

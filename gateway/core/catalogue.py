@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+# long: the one list of all that is said no with
+
 T = TypeVar("T")
 
 
@@ -40,7 +42,8 @@ class Refusal:
     """An HTTP answer to a handshake.
 
     ``code`` is the snake_case word of the JSON body and the metric label; ``headers`` are sent besides
-    the common ones; ``retry_after_s`` is the default of ``Retry-After`` where the answer carries it.
+    the common ones; ``retry_after_s`` is the default of ``Retry-After`` where the answer carries it; ``authenticated``
+    says that it is given to verified users only.
     """
 
     code: str
@@ -49,12 +52,25 @@ class Refusal:
     advice: Advice
     headers: tuple[tuple[str, str], ...] = ()
     retry_after_s: int | None = None
+    authenticated: bool = False
 
     registered: ClassVar[dict[str, Refusal]] = {}
     """Every refusal by its code."""
 
     def __post_init__(self) -> None:
         _register(Refusal.registered, self.code, self)
+
+    @property
+    def blames_client(self) -> bool:
+        """Whether what the client sent is the reason, so that it counts against its address."""
+        if self.authenticated:
+            return False
+        return self.advice is not Advice.LATER or self.status is HTTPStatus.REQUEST_TIMEOUT
+
+    @property
+    def phrase(self) -> str:
+        """The status' reason phrase; 414's is RFC 9110's, which Python has from 3.13 on."""
+        return "URI Too Long" if self.status is HTTPStatus.REQUEST_URI_TOO_LONG else self.status.phrase
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +93,39 @@ class Close:
         _register(Close.registered, self.name, self)
 
 
+class Becomes(Enum):
+    """What becomes of a message that does not go where its client wanted it; the value is the word in README's
+    table."""
+
+    DEAD_LETTER = "a dead letter"
+    SPOOLED = "spooled, or dropped"
+    """Dropped where there is no spool."""
+    DROPPED = "dropped"
+    """As it came: nobody has looked at it."""
+
+
 class Reason(str):
     """Why a message did not go where its client wanted it: the word that headers, notices, logs and metric labels show.
 
-    With ``gives_up`` the message goes to the spool, or is dropped where there is none; else it becomes a dead letter.
+    ``scope`` is what a ``throttle`` notice says of a message that was dropped over a limit: ``user`` or ``company``.
     """
 
-    __slots__ = ("gives_up", "text")
+    __slots__ = ("becomes", "scope", "text")
     text: str
-    gives_up: bool
+    becomes: Becomes
+    scope: str
 
     registered: ClassVar[dict[str, Reason]] = {}
     """Every reason by its word."""
 
-    def __new__(cls, word: str, text: str, *, gives_up: bool = False) -> Reason:  # registered as such
+    def __new__(
+        cls, word: str, text: str, becomes: Becomes = Becomes.DEAD_LETTER, *, scope: str = ""
+    ) -> Reason:  # registered as such
         """Make an entry and register it."""
         reason = super().__new__(cls, word)
         reason.text = text
-        reason.gives_up = gives_up
+        reason.becomes = becomes
+        reason.scope = scope
         _register(Reason.registered, word, reason)
         return reason
 
@@ -166,6 +197,34 @@ UPGRADE_REQUIRED: Final = Refusal(
     Advice.AFTER_FIX,
     headers=_UPGRADE,
 )
+TOO_MANY_USERS: Final = Refusal(
+    "too_many_users",
+    HTTPStatus.FORBIDDEN,
+    "As many users of this company are connected as its tier allows.",
+    Advice.AFTER_FIX,
+    authenticated=True,
+)
+TOO_MANY_ACCOUNTS: Final = Refusal(
+    "too_many_accounts",
+    HTTPStatus.FORBIDDEN,
+    "As many MT5 accounts of this company, or of this user, are connected as its tier allows.",
+    Advice.AFTER_FIX,
+    authenticated=True,
+)
+BANNED: Final = Refusal(
+    "banned",
+    HTTPStatus.TOO_MANY_REQUESTS,
+    "Too much of what came from here was refused.",
+    Advice.LATER,
+    retry_after_s=60,
+)
+TOO_MANY_CONNECTIONS: Final = Refusal(
+    "too_many_connections",
+    HTTPStatus.TOO_MANY_REQUESTS,
+    "As many connections of this address are open as may be.",
+    Advice.LATER,
+    retry_after_s=5,
+)
 TOO_MANY_ATTEMPTS: Final = Refusal(
     "too_many_attempts",
     HTTPStatus.TOO_MANY_REQUESTS,
@@ -192,6 +251,16 @@ DRAINING: Final = Refusal(
 AT_CAPACITY: Final = Refusal(
     "at_capacity", HTTPStatus.SERVICE_UNAVAILABLE, "The connection cap is reached.", Advice.LATER, retry_after_s=5
 )
+OVERLOADED: Final = Refusal(
+    "overloaded", HTTPStatus.SERVICE_UNAVAILABLE, "The gateway is short of memory.", Advice.LATER, retry_after_s=10
+)
+REGISTRY_UNAVAILABLE: Final = Refusal(
+    "registry_unavailable",
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "Limits cannot be checked at the moment.",
+    Advice.LATER,
+    retry_after_s=5,
+)
 VERSION_NOT_SUPPORTED: Final = Refusal(
     "http_version_not_supported",
     HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
@@ -203,6 +272,7 @@ CLOSE_PROTOCOL_ERROR: Final = Close("protocol_error", 1002, "protocol error", Ad
 CLOSE_TEXT: Final = Close("text_frame", 1003, "binary messages only", Advice.AFTER_FIX)
 CLOSE_BAD_UTF8: Final = Close("bad_utf8", 1007, "invalid UTF-8", Advice.AFTER_FIX)
 CLOSE_CONTROL_FLOOD: Final = Close("control_flood", 1008, "too many control frames", Advice.LATER)
+CLOSE_BANNED: Final = Close("banned", 1008, "banned: too many messages were refused", Advice.LATER)
 CLOSE_TOO_BIG: Final = Close("too_big", 1009, "message too big", Advice.AFTER_FIX)
 CLOSE_INTERNAL: Final = Close("internal_error", 1011, "internal error", Advice.LATER)
 CLOSE_RESTART: Final = Close("restart", 1012, "service restart", Advice.LATER)
@@ -210,6 +280,7 @@ CLOSE_TLS_FAILED: Final = Close("tls_failed", 1015, "TLS handshake failed", Advi
 CLOSE_TOKEN_EXPIRED: Final = Close("token_expired", 4401, "token expired", Advice.NEW_TOKEN)
 CLOSE_SUSPENDED: Final = Close("suspended", 4403, "company suspended or unpaid", Advice.NEVER, sent=False)
 CLOSE_IDLE: Final = Close("idle", 4408, "no pong or data for too long", Advice.LATER)
+CLOSE_REPLACED: Final = Close("replaced", 4429, "replaced: a newer connection, or a lower limit", Advice.LATER)
 
 REASON_NOT_AN_ENVELOPE: Final = Reason("not_an_envelope", "the bytes are not a MessageEnvelope")
 REASON_UNKNOWN_TYPE: Final = Reason("unknown_message_type", "no route names its message_type")
@@ -219,19 +290,27 @@ REASON_KAFKA_REFUSED: Final = Reason("kafka_refused", "Kafka will never take the
 REASON_OTHER: Final = Reason("other", "a dead letter out of the spool whose reason this version does not know")
 
 GIVEN_UP_DEAD_LETTER_REFUSED: Final = Reason(
-    "dead_letter_refused", "Kafka refused the record and its dead letter", gives_up=True
+    "dead_letter_refused", "Kafka refused the record and its dead letter", Becomes.SPOOLED
 )
 GIVEN_UP_DRAIN_TIMEOUT: Final = Reason(
-    "drain_timeout", "still unconfirmed when the drain ran out of time", gives_up=True
+    "drain_timeout", "still unconfirmed when the drain ran out of time", Becomes.SPOOLED
+)
+
+DROPPED_RATE: Final = Reason("rate_limited", "over the user's rate", Becomes.DROPPED, scope="user")
+DROPPED_COMPANY_RATE: Final = Reason(
+    "company_rate_limited", "over a rate of its company", Becomes.DROPPED, scope="company"
+)
+DROPPED_COMPANY_BUDGET: Final = Reason(
+    "company_budget_spent", "over its company's bytes of a day or a month", Becomes.DROPPED, scope="company"
 )
 
 
-def refusal_advice(status: int, code: str) -> Advice:
+def refusal_advice(status: int, code: object) -> Advice:
     """What to do about a handshake that was answered with ``status`` and ``code``, whoever answered it.
 
     A status that no refusal has is a balancer's or a proxy's, and may pass.
     """
-    entry = Refusal.registered.get(code)
+    entry = Refusal.registered.get(code) if isinstance(code, str) else None  # a proxy's body may hold anything
     if entry is not None and entry.status == status:
         return entry.advice
     return next((one.advice for one in Refusal.registered.values() if one.status == status), Advice.LATER)
@@ -252,14 +331,9 @@ def close_names() -> list[str]:
     return [close.name for close in Close.registered.values() if close.sent]
 
 
-def dead_letter_reasons() -> list[str]:
-    """The words of the reasons that make a dead letter."""
-    return [str(reason) for reason in Reason.registered.values() if not reason.gives_up]
-
-
-def give_up_reasons() -> list[str]:
-    """The words of the reasons that send a message to the spool, or drop it."""
-    return [str(reason) for reason in Reason.registered.values() if reason.gives_up]
+def reasons(*becomes: Becomes) -> list[str]:
+    """The words of the reasons for which one of these becomes of a message."""
+    return [str(reason) for reason in Reason.registered.values() if reason.becomes in becomes]
 
 
 def tables() -> dict[str, str]:
@@ -277,10 +351,7 @@ def tables() -> dict[str, str]:
         ),
         "reasons": _table(
             ("reason", "means", "becomes"),
-            (
-                (f"`{one}`", one.text, "spooled, or dropped" if one.gives_up else "a dead letter")
-                for one in Reason.registered.values()
-            ),
+            ((f"`{one}`", one.text, one.becomes.value) for one in Reason.registered.values()),
         ),
     }
 

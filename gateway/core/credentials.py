@@ -12,6 +12,7 @@ import binascii
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -216,7 +217,17 @@ def _principal(claims: dict[str, Any], expires_at: float, now: float) -> Princip
         expires_at = float(token.expires_at)
         if expires_at <= now:
             raise InvalidToken("expired")
-    return Principal(user_id, company_id, tier, expires_at)
+    issued_at = _numeric_date(claims, "iat") or 0.0
+    # the users of a company share one string of it
+    return Principal(user_id, sys.intern(company_id), tier, expires_at, issued_at, _token_id(claims))
+
+
+def _token_id(claims: dict[str, Any]) -> str | None:
+    """The token's ``jti``, None without one; a number, against RFC 7519 4.1.7, is taken for its digits."""
+    value = claims.get("jti")
+    if value is None:
+        return None
+    return _identifier(str(value) if type(value) is int else value, "jti", empty=True)
 
 
 def mint(
@@ -231,6 +242,7 @@ def mint(
     kid: str | None = None,
     issued_at: int,
     expires_at: int,
+    token_id: str | None = None,
 ) -> str:
     """Make a token that `TokenRules.authenticate` accepts; times in seconds since the epoch.
 
@@ -254,4 +266,6 @@ def mint(
     }
     if audience is not None:
         claims["aud"] = audience
+    if token_id is not None:
+        claims["jti"] = token_id
     return jwt.encode(claims, key, algorithm=algorithm, headers={"kid": kid} if kid else None)

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 
+from gateway.core.limits import capacity
+
 if TYPE_CHECKING:
+    from gateway.core.limits import TierLimits
     from gateway.core.principal import Principal
 
 BEARER: Final = "bearer"
@@ -28,19 +31,26 @@ def welcome(
     *,
     connection_id: str,
     principal: Principal,
+    tier: str,
+    limits: TierLimits,
     max_message_bytes: int,
     ping_interval_s: float,
     ack_interval_ms: int,
 ) -> dict[str, Any]:
     """The first message of a connection. A rate of 0 means that none is enforced."""
+    rate = limits.told_rate
     return {
         "type": "welcome",
         "connection": connection_id,
         "user_id": principal.user_id,
         "company_id": principal.company_id,
-        "tier": principal.tier,
+        "tier": tier,
         "token_expires_at": int(principal.expires_at),
-        "limits": {"messages_per_second": 0, "burst": 0, "max_message_bytes": max_message_bytes},
+        "limits": {
+            "messages_per_second": _whole(rate),
+            "burst": int(capacity(rate, limits.burst_s)) if rate else 0,
+            "max_message_bytes": max_message_bytes,
+        },
         "ping_interval_s": ping_interval_s,
         "ack_interval_ms": ack_interval_ms,
     }
@@ -54,6 +64,22 @@ def ack(count: int) -> dict[str, Any]:
 def rejected(count: int, reason: str, last: int) -> dict[str, Any]:
     """``count`` messages were refused for ``reason``; ``last`` is the index, from 1, of the last of them."""
     return {"type": "rejected", "count": count, "reason": reason, "last": last}
+
+
+def throttle(dropped: int, scope: str, messages_per_second: float, retry_after_ms: int) -> dict[str, Any]:
+    """``dropped`` messages were over a limit of the ``scope``; its rate, 0 if it is none of messages."""
+    return {
+        "type": "throttle",
+        "dropped": dropped,
+        "scope": scope,
+        "messages_per_second": _whole(messages_per_second),
+        "retry_after_ms": retry_after_ms,
+    }
+
+
+def _whole(rate: float) -> float:
+    """A rate as JSON shows it: without a fraction where there is none."""
+    return int(rate) if rate == int(rate) else rate
 
 
 def degraded() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from gateway.core.books import UNKNOWN_TYPE
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gateway.core.books import Tally
+    from gateway.core.tally import Tally
 
 STALLED_S: Final = 5.0
 """Messages in flight and none confirmed for this long: Kafka's own delays are a hundredth of it."""
@@ -68,6 +68,8 @@ class Progress:
         for message_type, tally in by_type.items():
             seen = self._types.setdefault(message_type, _Type(moved_at=now))
             settled = tally.received - tally.in_flight
+            if message_type == UNKNOWN_TYPE:
+                settled -= tally.dropped  # over a limit, which says nothing of Kafka
             if tally.in_flight <= parked.get(message_type, 0) or settled != seen.settled:
                 moving = moving or settled != seen.settled
                 seen.note_settled(settled, now)

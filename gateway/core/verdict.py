@@ -1,7 +1,8 @@
 """What becomes of a message, judged by its header alone.
 
 `judge` is the whole rule. It looks at the header of one message, and what it says holds for every message with the same
-header: a session asks it once for each new one (`gateway.core.envelope.Pattern` sees that a header repeats).
+header. Where that goes out as it came, a session does not ask again while the header repeats
+(`gateway.core.envelope.Pattern`).
 """
 
 from __future__ import annotations

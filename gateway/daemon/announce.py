@@ -4,23 +4,23 @@ A program that starts a daemon gives it a descriptor (``--announce-fd N``) and r
 
 * ``{"event": "listening", "listen": URL, "sidecar": URL, "kafka": ADDRESSES, "across": {...}}`` when it listens;
 * ``{"event": "ready"}`` once they are let in;
-* ``{"event": "reloaded"}`` when a reload has been taken;
+* ``{"event": "reloaded"}`` when a reload has been taken, by each worker where there are several;
 * ``{"event": "fault", "fault": TEXT}`` for each reason why it does not start;
 * ``{"event": "counted", "metrics": TEXT}``, from a worker, with the last page of its metrics.
 
 ``across`` says how the metrics of several processes make one, by name, where it is not their sum
-(`gateway.telemetry.metrics.Across`).
+(`gateway.telemetry.metrics.Across`); the parent of several workers, whose page is theirs together, says nothing there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gateway import streams
+from gateway.errors import StartupError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,15 +38,19 @@ class Addresses:
 class Announcer:
     """Tells people, unless they are somebody else's to tell, and whoever started this process, if it wants to know.
 
-    Where nobody takes what is said it is lost, which is no reason to end.
+    Where nobody takes what is said it is lost, which is no reason to end. A reader must read: what a pipe does not hold
+    (64 KiB) is waited for.
     """
 
     def __init__(self, descriptor: int | None = None, *, people: bool = True) -> None:
+        """Raises StartupError for a descriptor that is not open."""
         self._descriptor = descriptor
         self._people = people
         if descriptor is not None:
-            with suppress(OSError):  # `tell` finds out
+            try:
                 os.set_inheritable(descriptor, False)
+            except OSError as error:  # something else would get that number, and the events
+                raise StartupError(f"--announce-fd {descriptor}: {error.strerror}") from error
 
     def listening(self, addresses: Addresses, across: Mapping[str, str], *, embedded: bool = False) -> None:
         """It listens; ``embedded`` says that the Kafka is gone with this process."""

@@ -22,17 +22,20 @@ from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
 from gateway.core.origins import OriginRules
 from gateway.core.progress import Progress
+from gateway.core.protection import Protection
 from gateway.daemon.announce import Addresses
 from gateway.daemon.flow import Flow
 from gateway.daemon.lifecycle import Lifecycle
 from gateway.kafka.producer import KafkaProducer
 from gateway.ops import serve
 from gateway.ops.status import Status
+from gateway.router.bans import BanOffice
 from gateway.router.delivery import Delivery
 from gateway.router.endpoint import Gatekeeper
 from gateway.router.session import SessionContext
 from gateway.router.sessions import Sessions
 from gateway.router.spool.replay import Replay
+from gateway.router.spool.replay import declare as declare_replayed
 from gateway.router.spool.segments import Spool
 from gateway.telemetry.logging import RateLimited
 from gateway.ws.endpoints import Endpoint, Endpoints, PathTemplate
@@ -50,7 +53,6 @@ if TYPE_CHECKING:
     from gateway.config.promises import Property
     from gateway.core.holds import Holds
     from gateway.daemon.materials import Materials
-    from gateway.router.session import Session
     from gateway.telemetry.logging import Log
     from gateway.telemetry.metrics import Metrics
 
@@ -111,6 +113,7 @@ def kafka_side(
             spool=spool,
             holds=holds,
         )
+        declare_replayed(metrics)
         replay = None if spool is None else Replay(spool, delivery.replay, metrics, log)
         yield KafkaSide(producer, delivery, books, replay)
     finally:
@@ -141,20 +144,16 @@ def websocket_side(
     log: Log,
 ) -> Iterator[WebSocketSide]:
     """The WebSocket side, listening; its sockets are given back at the end. Raises StartupError."""
-    listen, session = settings.listen, settings.session
+    listen = settings.listen
     routing_s = metrics.histogram(
         "gateway_routing_seconds",
         "One read, from its recv to the produce of the last message it brought.",
         ROUTING_BUCKETS_S,
     )
     readiness.time_turns(lambda duration_s: routing_s.observe(duration_s, SAMPLE_MASK + 1))
-    rate = AddressRate(listen.handshakes_per_address_per_s, listen.handshakes_per_address_burst)
-    admission = Admission(listen.max_connections, rate)
+    admission = _admission(settings)
     gatekeeper = Gatekeeper(materials.rules, allow_query_token=settings.auth.allow_query_token)
-    context = _session_context(settings, kafka, readiness, gatekeeper, log, notify=lambda one: heartbeat.notify(one))
-    sessions = Sessions(context, admission, kafka.books, metrics)
-    flow.attach(sessions)
-    heartbeat = Heartbeat(sessions, notices_s=session.ack_interval_ms / 1000, after_sweep=flow.look)
+    sessions, heartbeat = _sessions(settings, kafka, readiness, gatekeeper, admission, flow, metrics, log)
     sockets = open_listening_sockets(
         "listen",
         listen.host,
@@ -182,25 +181,46 @@ def websocket_side(
             sock.close()
 
 
-def _session_context(
+def _admission(settings: Settings) -> Admission:
+    listen, breaker = settings.listen, settings.breaker
+    return Admission(
+        listen.max_connections,
+        AddressRate(listen.handshakes_per_address_per_s, listen.handshakes_per_address_burst),
+        Protection(breaker.rules, breaker.exempt),
+        max_per_address=listen.max_connections_per_address,
+    )
+
+
+def _sessions(
     settings: Settings,
     kafka: KafkaSide,
     readiness: Readiness,
     gatekeeper: Gatekeeper,
+    admission: Admission,
+    flow: Flow,
+    metrics: Metrics,
     log: Log,
-    *,
-    notify: Callable[[Session], None],
-) -> SessionContext:
-    return SessionContext(
+) -> tuple[Sessions, Heartbeat]:
+    """The sessions, with who looks after them and who shuts their users out."""
+    context = SessionContext(
         readiness=readiness,
         delivery=kafka.delivery,
         ack_interval_ms=settings.session.ack_interval_ms,
         reconnect_window_ms=settings.drain.reconnect_window_ms,
         leeway_s=lambda: gatekeeper.leeway_s,
-        notify=notify,
+        trip=lambda user: bans.ban_user(user),
+        protection=admission.protection,
+        notify=lambda one: heartbeat.notify(one),
         log_rejected=limited(log.info),
         log_crash=limited(log.error),
     )
+    tenants = kafka.books.tenants
+    tenants.use_tiers(settings.tiers.limits)
+    sessions = Sessions(context, admission, tenants, metrics)
+    bans = BanOffice(admission.protection, sessions, metrics, log)
+    flow.attach(sessions)
+    heartbeat = Heartbeat(sessions, notices_s=settings.session.ack_interval_ms / 1000, after_sweep=flow.look)
+    return sessions, heartbeat
 
 
 def mt5_endpoint(settings: Settings, gatekeeper: Gatekeeper, sessions: Sessions) -> Endpoint:

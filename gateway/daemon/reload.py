@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from gateway import config
 from gateway.config.tls import tls_context
+from gateway.core import catalogue
 from gateway.daemon import systemd
 from gateway.daemon.materials import token_rules
 from gateway.errors import ConfigError, GatewayError
@@ -52,6 +53,8 @@ class Reload:
         self.subscribe("auth", self._prepare_auth)
         self.subscribe("tls", self._prepare_tls)
         self.subscribe("log", self._prepare_log)
+        self.subscribe("tiers", self._prepare_tiers)
+        self.subscribe("breaker", self._prepare_breaker)
 
     @property
     def sections(self) -> frozenset[str]:
@@ -142,6 +145,17 @@ class Reload:
             raise ConfigError(["tls: cannot be switched on or off while running"])
         context = tls_context(settings.tls)
         return lambda: self._daemon.ws.listener.use_tls(context)
+
+    async def _prepare_tiers(self, settings: Settings) -> Apply:
+        def apply() -> None:
+            for holder in self._daemon.kafka.books.tenants.use_tiers(settings.tiers.limits):
+                holder.revoke(catalogue.CLOSE_REPLACED)
+
+        return apply
+
+    async def _prepare_breaker(self, settings: Settings) -> Apply:
+        protection = self._daemon.ws.admission.protection
+        return lambda: protection.use_rules(settings.breaker.rules, settings.breaker.exempt)
 
     async def _prepare_log(self, settings: Settings) -> Apply:
         return lambda: self._log.set_level(settings.log.level)

@@ -6,6 +6,7 @@ the spool's records are on their way. A drain goes the other way round (`gateway
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -119,7 +120,10 @@ async def _keep_accounts(daemon: Daemon) -> None:
     """Sum up the books once a second, a slice at a time, and see whether Kafka confirms what it is given."""
     books, delivery = daemon.kafka.books, daemon.kafka.delivery
     while True:
-        for _ in books.recount():
+        now = trio.current_time()
+        books.tenants.sweep(now)
+        daemon.ws.admission.protection.sweep(now)
+        for _ in books.recount(datetime.now(UTC)):
             await trio.lowlevel.checkpoint()
         by_type, parked = books.summary().by_type, delivery.parked_types
         for reason in daemon.progress.look(by_type, parked, trio.current_time()):

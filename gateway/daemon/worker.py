@@ -89,7 +89,10 @@ class Worker:
         ``drain_s``, then kills it.
         """
         self.started_at = trio.current_time()
-        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            return str(error)
         async with trio.lowlevel.FdStream(reading) as announced:
             try:
                 process = await _open(command, writing)
@@ -110,7 +113,7 @@ class Worker:
                         hear(read_event(line))
                 return await process.wait()
             except BaseException:
-                await _end(process, drain_s)
+                await _end(process, drain_s)  # shields itself, with a timeout
                 raise
 
     # What it says

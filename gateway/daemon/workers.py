@@ -242,6 +242,7 @@ class Supervisor:
             worker.note_listening(event["sidecar"])
         elif what == "reloaded":
             worker.note_reloaded()
+            self._announcer.tell("reloaded")
             self._settings, self._candidate = self._candidate or self._settings, None
         elif what == "ready":
             worker.note_ready()
@@ -355,5 +356,7 @@ def _with(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def _fetch(sidecar: str) -> tuple[dict[str, Any], aggregate.Page]:
     """A worker's /health and /metrics. Raises OSError, ValueError and HTTPException."""
     _, health = fetch(f"{sidecar}/health", SCRAPE_TIMEOUT_S)
-    _, page = fetch(f"{sidecar}/metrics", SCRAPE_TIMEOUT_S)
+    status, page = fetch(f"{sidecar}/metrics", SCRAPE_TIMEOUT_S)
+    if status != 200:
+        raise ValueError(f"/metrics answered {status}")
     return json.loads(health), aggregate.parse(page.decode())

@@ -7,6 +7,7 @@ correlation_id, so that what was lost, doubled or late is known message by messa
 
 from __future__ import annotations
 
+import errno
 import os
 import ssl
 import sys
@@ -87,6 +88,8 @@ async def _daemon(clients: int) -> AsyncIterator[Daemon]:
     try:
         await trio.to_thread.run_sync(daemon.__enter__)
     except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.ENOMEM):
+            raise StartupError(f"the daemon cannot be started: {error.strerror}") from error
         raise StartupError(f"a temporary directory: {error.strerror}; TMPDIR may name another place") from error
     except DaemonFailed as error:
         raise StartupError(f"the daemon did not get ready:\n{str(error)[-2000:]}") from error

@@ -1,6 +1,7 @@
 """confluent-kafka's producer on Trio: its queue, its reports, and how a broken one is replaced.
 
-``full`` lasts from a BufferError until a quarter of what was queued then has gone; it is a hold (`gateway.core.holds`).
+``full`` lasts from a BufferError until a quarter of what was queued then has gone; it is a hold (`gateway.core.holds`)
+until `KafkaProducer.take_nothing_new`.
 
 An idempotent producer can fail for good (fenced, out of sequence), or wait for ever for a producer id; a batch can be
 too large for its topic, or be refused for one of its records; a topic can be gone, or closed to the gateway. It is

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
-    from gateway.core.books import Books, Tally
+    from gateway.core.books import Books
     from gateway.core.progress import Progress
+    from gateway.core.tally import Tally
     from gateway.kafka.producer import KafkaProducer
     from gateway.router.spool.replay import Replay
     from gateway.router.spool.writer import SpoolWriter

@@ -24,6 +24,7 @@ from confluent_kafka import KafkaException
 
 from gateway.core import catalogue
 from gateway.core.books import UNKNOWN_TYPE
+from gateway.core.catalogue import Becomes
 from gateway.core.holds import PRODUCER_FULL, NoHolds
 from gateway.kafka.faults import Fault, fault_of, may_be_written, refuses_record
 from gateway.router import deadletters
@@ -112,7 +113,8 @@ class Delivery:
         producer.attach(self)
 
     def _declare(self, metrics: Metrics) -> None:
-        letters, given_up = catalogue.dead_letter_reasons(), catalogue.give_up_reasons()
+        letters, given_up = catalogue.reasons(Becomes.DEAD_LETTER), catalogue.reasons(Becomes.SPOOLED)
+        dropped = catalogue.reasons(Becomes.SPOOLED, Becomes.DROPPED)
         self._dead_letters = metrics.labelled(
             "gateway_dead_letters", "Messages in the dead-letter topic.", "reason", letters
         )
@@ -123,7 +125,7 @@ class Delivery:
             letters,
         )
         self._spooled = metrics.labelled("gateway_spooled", "Messages written to the spool.", "reason", given_up)
-        self._drops = metrics.labelled("gateway_drops", "Messages dropped.", "reason", given_up)
+        self._drops = metrics.labelled("gateway_drops", "Messages dropped.", "reason", dropped)
         self._latency_s = metrics.histogram(
             "gateway_delivery_seconds", "From receive to Kafka's acknowledgement.", BUCKETS_S
         )
@@ -191,6 +193,11 @@ class Delivery:
         message.happens(Event.REFUSED)
         self._make_dead_letter(message, reason)
         return self._take(message, self._offer(message, partial(self._reported, message)))
+
+    def drop(self, sender: Sender, reason: Reason, count: int, size: int) -> None:
+        """``count`` messages of ``size`` bytes together were over a limit: nobody has looked at them."""
+        self._books.tally(sender.principal.company_id, UNKNOWN_TYPE).drop(count, size)
+        self._drops.add(reason, count)
 
     def replay(self, record: Record, sender: Sender) -> bool:
         """Queue a spooled record again; false when there is no room."""
@@ -430,8 +437,10 @@ class Delivery:
         ]
         self._waitlist.add(self._parking.take_all())
         self.edition += 1
+        if self._waitlist:
+            self._producer.note_full()  # nothing new is handed over, and overtakes it, before it has been queued
         for waiter in waiters:
-            waiter.go_on()  # behind what was parked: `_room`
+            waiter.go_on()
 
     # The end of waiting
 
@@ -442,6 +451,7 @@ class Delivery:
         (Trio's seconds), or once reports have ceased to come (`KafkaProducer.purge`), stays in flight until its report.
         """
         self._abandoning = True
+        self._holds.hold(PRODUCER_FULL)  # what was read is handed over at the end, behind what waits here
         self._producer.take_nothing_new()
         now = trio.current_time()
         with trio.CancelScope(deadline=now + (deadline - now) / 2):

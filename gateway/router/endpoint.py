@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,7 +54,7 @@ class Gatekeeper:
             principal = self._rules.authenticate(token, time.time())
         except InvalidToken as error:
             raise Refused(catalogue.INVALID_TOKEN, error.reason) from None
-        return Granted(Identity(principal, account or principal.user_id, asked.request.path), subprotocol)
+        return Granted(Identity(principal, account or principal.user_id, sys.intern(asked.request.path)), subprotocol)
 
 
 def _account(query: Mapping[str, list[str]]) -> str | None:

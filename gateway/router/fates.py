@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Final
 from gateway.errors import GatewayError
 
 if TYPE_CHECKING:
-    from gateway.core.books import Place
+    from gateway.core.tally import Place
 
 
 class State(Enum):
     """Where a message is."""
 
-    NEW = "just received: not taken yet, so not in the books"
+    NEW = "just received, or just out of the spool: not taken yet, so not in the books"
     QUEUED = "with the producer, for its own topic"
-    RETURNED = "handed back by the producer, or out of the spool: waits to be queued"
+    RETURNED = "handed back by the producer: waits to be queued"
     DEAD_LETTER_DUE = "Kafka will not take it: waits to be queued as a dead letter"
     DEAD_LETTER_QUEUED = "with the producer, for the dead-letter topic"
     SPOOLING = "waits for the disk"

@@ -20,7 +20,7 @@ from gateway.router.messages import Message, next_number, queued_at_ms
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gateway.core.books import Tally
+    from gateway.core.tally import Tally
     from gateway.router.messages import Sender
 
 SAMPLE_MASK: Final = 15

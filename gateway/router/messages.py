@@ -10,9 +10,9 @@ from gateway.router import fates
 from gateway.router.fates import State
 
 if TYPE_CHECKING:
-    from gateway.core.books import Tally
     from gateway.core.catalogue import Reason
     from gateway.core.principal import Principal
+    from gateway.core.tally import Tally
     from gateway.router.fates import Event
 
 Headers = list[tuple[str, bytes]]
@@ -55,11 +55,11 @@ class Sender(Protocol):
 class Message:
     """One message on its way, from the moment when it was taken until its fate is known.
 
-    ``original`` is the message as received, ``stamp`` what was appended to it, ``index`` its number in its sender,
-    None where nobody counts.
-    ``headers`` are there once it is a dead letter, and ``reason`` says why; ``given_up`` why Kafka will not have it.
-    ``number`` orders what is queued again. ``received_at_ms`` is known once it has failed, in milliseconds since the
-    epoch, 0 before. ``uncertain``: Kafka may have it already. ``told``: its sender knows that it was rejected.
+    ``original`` is the message as received, ``stamp`` what was appended to it, ``index`` its number in its sender, None
+    where it has none there. ``headers`` are there once it is a dead letter, and ``reason`` says why; ``given_up`` why
+    Kafka will not have it. ``number`` orders what is queued again. ``received_at_ms`` is known once it has failed, in
+    milliseconds since the epoch, 0 before. ``uncertain``: Kafka may have it already, for all that its last failure
+    says. ``told``: its sender knows that it was rejected.
     """
 
     __slots__ = (

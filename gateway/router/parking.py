@@ -6,7 +6,8 @@ cluster is asked for such partitions (`gateway.kafka.topics`); what the producer
 and the connections of their users wait, each for itself. When the partition takes records again, what was parked goes
 first.
 
-What is parked was in the queue before, so its bound holds; what comes after stays in the connections' backlogs.
+What is parked was in the queue before, or is the dead letter of such a record, so its bound holds; what comes after
+stays in the connections' backlogs.
 """
 
 from __future__ import annotations

@@ -11,10 +11,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
 
 from gateway.core import catalogue, notices
 from gateway.core.envelope import NO_PATTERN, head, is_timestamp, parse, repeats, tracing_stamp
+from gateway.core.tenants import Over
 from gateway.core.verdict import NOT_AN_ENVELOPE, Verdict, judge
 from gateway.errors import NotAnEnvelope
 from gateway.kafka.producer import PRODUCE_ERRORS
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from gateway.core.catalogue import Close, Reason
     from gateway.core.envelope import Pattern
     from gateway.core.principal import Principal
+    from gateway.core.protection import Protection
+    from gateway.core.tenants import User
     from gateway.router.delivery import Delivery
     from gateway.router.lanes import Lane
     from gateway.telemetry.logging import RateLimited
@@ -60,6 +66,9 @@ class SessionContext:
     """``closing.reconnect_after_ms`` is drawn from 0 to this, so that clients do not all come back at once."""
     leeway_s: Callable[[], float]
     """How long after its expiry a token still counts, now, as at the handshake."""
+    trip: Callable[[User], None]
+    """Called when too much of what a user sends is rejected or dropped: it is shut out (`gateway.router.sessions`)."""
+    protection: Protection
     notify: Callable[[Session], None]
     """Called when a session has something to say that may wait for ``ack_interval_ms``."""
     log_rejected: RateLimited
@@ -89,6 +98,7 @@ class Session:
         "_last_lane",
         "_last_pattern",
         "_restarting",
+        "_revoked",
         "_subprotocol",
         "_talk",
         "account",
@@ -97,6 +107,7 @@ class Session:
         "path",
         "principal",
         "received_messages",
+        "user",
     )
 
     def __init__(
@@ -106,21 +117,24 @@ class Session:
         *,
         connection_id: str,
         principal: Principal,
+        user: User,
         account: str,
         path: str,
         subprotocol: str | None,
     ) -> None:
         self._context = context
         self._home = home
+        self.user = user
         self._key = principal.user_id.encode()
         self._lanes: dict[str, Lane] = {}
         self._last_lane: Lane | None = None
         self._last_pattern: Pattern = NO_PATTERN
         self._edition = context.delivery.edition
-        self._backlog: deque[bytes] | None = None
+        self._backlog: deque[bytes | Over] | None = None
         self._held_bytes = 0
         self._alone = False
         self._restarting = False  # before there was a connection
+        self._revoked: Close | None = None
         self._subprotocol = subprotocol
         self._talk: Talk | None = None
         self.connection: Link | None = None
@@ -138,17 +152,36 @@ class Session:
         self.connection = connection
         if self._subprotocol in notices.CONTROL_SUBPROTOCOLS:
             self._talk = Talk(connection, self._subprotocol)
-            self._talk.send_welcome(self.connection_id, self.principal, self._context.ack_interval_ms)
+            self._talk.send_welcome(self.connection_id, self.principal, self.user, self._context.ack_interval_ms)
+        if self._revoked is not None:
+            self.revoke(self._revoked)
         if self._restarting:
             self.close_for_restart()
 
     def received(self, messages: Sequence[Payload]) -> None:
-        """Hand over what one read brought, or keep it while that may not be."""
+        """Hand over what one read brought, or keep it while that may not be; what is over a limit is dropped."""
+        readiness = self._context.readiness
+        # hot: once a read. Counted is what came, and what is over is found by one subtraction: a clock and the limits
+        # are looked at when the credit is spent (`User.grant`).
+        now, user, over = readiness.now, self.user, None
+        if now >= user.slice_ends:
+            user.roll(now)
+        count = len(messages)
+        user.came += count
+        credit = user.credit - count
+        if credit >= 0:
+            user.credit = credit
+        else:
+            over = user.grant(messages, now, datetime.now(UTC))  # type: ignore[arg-type]
+            if over is not None:
+                messages = messages[: count - over.dropped]
         # The endpoint takes no text; `typing.cast` would be a call.
-        if self._backlog is not None or self._context.readiness.paused:
+        if self._backlog is not None or readiness.paused:
             self._hold(messages)  # type: ignore[arg-type]
         else:
             self._hand_over(messages)  # type: ignore[arg-type]
+        if over is not None:
+            self._drop_next(over)
 
     def tick(self, now: float) -> float:
         """Close when the token has expired."""
@@ -174,6 +207,35 @@ class Session:
         """Give back what it took; what is left in its backlog is handed over without it."""
         self._home.leave(self, outcome)
         self._forget_lanes()  # they know it: both would wait for the garbage collector
+
+    # Limits
+
+    def _drop_next(self, over: Over) -> None:
+        """Drop what was over a limit, behind everything that came before it."""
+        if self._backlog:
+            self._backlog.append(over)
+        else:
+            self._drop(over)
+
+    def _drop(self, over: Over) -> None:
+        """Drop messages as they came: counted, settled, and told."""
+        self._context.delivery.drop(self, over.reason, over.dropped, over.size)
+        if self._talk is not None:
+            first = self.received_messages + 1
+            for index in range(first, first + over.dropped):
+                self._talk.settle(index)
+            self._talk.note_throttled(over)
+            self._context.notify(self)
+        self.received_messages += over.dropped
+        self._note_failed(over.dropped)
+
+    def _note_failed(self, count: int) -> None:
+        """So many of the user's messages were rejected or dropped: that may be too much."""
+        user, context = self.user, self._context
+        now = context.readiness.now
+        user.count(now, failed=count)
+        if context.protection.trips(user, now):
+            context.trip(user)
 
     # Judging
 
@@ -243,7 +305,7 @@ class Session:
             lane = self._lane(verdict)
             if lane.parked or lane.tally.message_type != verdict.message_type:
                 return verdict
-            if lane.head is None:
+            if not lane.head:
                 lane.learn(head(raw))
             self._last_lane = lane
         self._last_pattern = pattern or NO_PATTERN
@@ -257,6 +319,7 @@ class Session:
                 return room
             self.received_messages += 1
             self._log(self._context.log_rejected, "message rejected", reason=verdict.reason)
+            self._note_failed(1)
             return None
         stamp = verdict.stamp
         if verdict.traced:
@@ -326,7 +389,9 @@ class Session:
             return
         if self.connection is None or self.connection.state == ENDED:
             self._forget_lanes()  # its company's books may have been closed since the last time
-        chunk = [backlog.popleft() for _ in range(min(RESUMED_MESSAGES, len(backlog)))]
+        chunk: list[bytes] = []
+        while backlog and len(chunk) < RESUMED_MESSAGES and isinstance(backlog[0], bytes):
+            chunk.append(backlog.popleft())  # type: ignore[arg-type]  # as seen
         self._note_held(-_weight(chunk))
         left = len(backlog)
         try:
@@ -336,6 +401,8 @@ class Session:
             raise
         if len(backlog) > left:
             return  # `_put_back` has said what is next
+        while backlog and isinstance(backlog[0], Over):
+            self._drop(backlog.popleft())  # type: ignore[arg-type]  # as seen
         if backlog:
             self._context.readiness.defer(self)
         else:
@@ -349,8 +416,19 @@ class Session:
 
     def crash(self, error: Exception) -> None:
         """End the connection because handing over its backlog, or a notice, has raised."""
-        if self.connection is not None:
+        if self.connection is None or self.connection.state == ENDED:
+            self.crashed(error)  # the connection knows its handler no longer
+        else:
             self.connection.crash(error)
+
+    def revoke(self, close: Close) -> None:
+        """The place is another's: close the connection, once there is one. Never raises."""
+        self._revoked = close
+        if self.connection is not None:
+            try:
+                self.connection.close(close)
+            except Exception as error:  # the barrier around each connection
+                self.crash(error)
 
     @property
     def backlog(self) -> int:
@@ -397,8 +475,8 @@ class Session:
 
     def send_notices(self) -> None:
         """Send what has gathered for the client since the last time."""
-        if self._talk is not None:
-            self._talk.send_notices()
+        if self._talk is not None and self._talk.send_notices(trio.current_time()):
+            self._context.notify(self)
 
     def tell_degraded(self, degraded: bool) -> None:
         """Say once that reading has stopped, and once that it goes on: not while this connection waits alone."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from gateway.core import catalogue
+from gateway.registry.memory import MemoryRegistry
 from gateway.router.session import Session
 from gateway.ws.roster import Roster
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from gateway.core.admission import Admission
-    from gateway.core.books import Books
+    from gateway.core.tenants import Tenants, User
+    from gateway.registry.port import Registry
     from gateway.router.endpoint import Identity
     from gateway.router.session import SessionContext
     from gateway.telemetry.metrics import Metrics
@@ -37,10 +39,19 @@ OUTCOMES: Final = ("peer_closed", "peer_lost", "stalled_peer", "cancelled", *cat
 class Sessions:
     """The open sessions. A session is among them from `open` to `leave`, and holds its place meanwhile."""
 
-    def __init__(self, context: SessionContext, admission: Admission, books: Books, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        context: SessionContext,
+        admission: Admission,
+        tenants: Tenants,
+        metrics: Metrics,
+        registry: Registry | None = None,
+    ) -> None:
+        """Places come from ``registry``; without one, from ``tenants`` alone."""
         self._context = context
         self._admission = admission
-        self._books = books
+        self._tenants = tenants
+        self._registry = MemoryRegistry(tenants, trio.current_time) if registry is None else registry
         self._closed = metrics.labelled("gateway_connections_closed", "Connections ended.", "outcome", OUTCOMES)
         self.roster: Roster[Session] = Roster()
         # Unique over restarts and over processes on one port, and short: it is in every dead letter.
@@ -53,29 +64,48 @@ class Sessions:
     def __iter__(self) -> Iterator[Session]:
         return iter(self.roster)
 
-    def open(self, granted: Granted) -> Session:
-        """Make the session of an accepted handshake; raises Refused when the last place is gone."""
+    async def open(self, granted: Granted) -> Session:
+        """Make the session of an accepted handshake; raises Refused when it may have no place.
+
+        In this order: bans, the cap, the limits of its tenant. Cancelled, it has taken nothing.
+        """
         identity: Identity = granted.identity
-        self._admission.enter()
-        self._books.open(identity.principal.company_id)
+        principal = identity.principal
+        now = trio.current_time()
+        user = self._tenants.user(principal, now)
+        self._context.protection.check_user(user, now)
+        for holder in self._tenants.learn_tier(principal):
+            holder.revoke(catalogue.CLOSE_REPLACED)
         session = Session(
             self._context,
             self,
             connection_id=f"{self._prefix}-{next(self._numbers)}",
-            principal=identity.principal,
+            principal=principal,
+            user=user,
             account=identity.account,
             path=identity.path,
             subprotocol=granted.subprotocol,
         )
+        self._admission.enter()
+        try:
+            await self._registry.claim(user, session)
+        except BaseException:
+            self._admission.leave()
+            raise
         self.roster.add(session)
         return session
 
     def leave(self, session: Session, outcome: str) -> None:
         """Give back what `open` took and count how it ended."""
         self._admission.leave()
-        self._books.close(session.principal.company_id)
+        self._registry.release(session.user, session)
         self._closed.add(outcome)
         self.roster.discard(session)
+
+    def close_banned(self, user: User) -> None:
+        """Close all connections of a user that was shut out."""
+        for holder in user.places:
+            holder.revoke(catalogue.CLOSE_BANNED)
 
     def tell_degraded(self, *, unconfirmed_only: bool) -> None:
         """Tell every session that Kafka takes nothing, those too that came since the last time.

@@ -6,8 +6,9 @@ which a plain MT5 client is, has no `Talk`, and nobody counts its acks.
 
 from __future__ import annotations
 
+import math
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gateway.core import notices
 from gateway.core.acks import Acks
@@ -16,19 +17,46 @@ from gateway.ws import frames
 if TYPE_CHECKING:
     from gateway.core.catalogue import Close, Reason
     from gateway.core.principal import Principal
+    from gateway.core.tenants import Over, User
     from gateway.ws.handler import Link
+
+
+THROTTLE_S: Final = 1.0
+"""``throttle`` is told once in this time at most."""
+
+
+class Throttles:
+    """What was dropped over limits and not told yet."""
+
+    __slots__ = ("dropped", "told_at")
+
+    def __init__(self) -> None:
+        self.dropped: dict[str, tuple[int, Over]] = {}
+        """By scope: how many messages, and the last of these occasions."""
+        self.told_at = -math.inf
+
+    def add(self, over: Over) -> None:
+        """So much more."""
+        count, _ = self.dropped.get(over.reason.scope, (0, over))
+        self.dropped[over.reason.scope] = (count + over.dropped, over)
+
+    def take(self, now: float) -> dict[str, tuple[int, Over]]:
+        """All of it, told at ``now``."""
+        dropped, self.dropped, self.told_at = self.dropped, {}, now
+        return dropped
 
 
 class Talk:
     """One connection's notices."""
 
-    __slots__ = ("_acks", "_announced", "_connection", "_degraded", "_rejections", "_subprotocol")
+    __slots__ = ("_acks", "_announced", "_connection", "_degraded", "_rejections", "_subprotocol", "_throttles")
 
     def __init__(self, connection: Link, subprotocol: str) -> None:
         self._connection = connection
         self._subprotocol = subprotocol
         self._acks = Acks()
         self._rejections: dict[Reason, tuple[int, int]] | None = None
+        self._throttles: Throttles | None = None
         self._announced = False
         self._degraded = False
 
@@ -39,13 +67,15 @@ class Talk:
         else:
             self._connection.send(frames.encode(frames.BINARY, encoded))
 
-    def send_welcome(self, connection_id: str, principal: Principal, ack_interval_ms: int) -> None:
+    def send_welcome(self, connection_id: str, principal: Principal, user: User, ack_interval_ms: int) -> None:
         """Say who the client is and what holds for it."""
         limits = self._connection.limits
         self._tell(
             notices.welcome(
                 connection_id=connection_id,
                 principal=principal,
+                tier=user.company.tier,
+                limits=user.company.limits,
                 max_message_bytes=limits.max_message_bytes,
                 ping_interval_s=limits.ping_interval_s,
                 ack_interval_ms=ack_interval_ms,
@@ -63,8 +93,15 @@ class Talk:
         count, last = self._rejections.get(reason, (0, 0))
         self._rejections[reason] = (count + 1, max(last, index))
 
-    def send_notices(self) -> None:
-        """Send what has gathered since the last time."""
+    def note_throttled(self, over: Over) -> None:
+        """Messages were dropped over a limit."""
+        if self._throttles is None:
+            self._throttles = Throttles()
+        self._throttles.add(over)
+
+    def send_notices(self, now: float = math.inf) -> bool:
+        """Send what has gathered since the last time; true when something has to wait, as ``throttle`` may, which is
+        sent once in `THROTTLE_S` at most. ``now`` is in Trio's seconds; without it nothing waits."""
         rejections, self._rejections = self._rejections, None
         for reason, (count, last) in (rejections or {}).items():
             self._tell(notices.rejected(count, reason, last))
@@ -72,6 +109,17 @@ class Talk:
         if acks.settled > acks.told:
             acks.tell()
             self._tell(notices.ack(acks.settled))
+        return self._throttles is not None and not self._send_throttles(self._throttles, now)
+
+    def _send_throttles(self, throttles: Throttles, now: float) -> bool:
+        """False when it is not time yet."""
+        if not throttles.dropped:
+            return True
+        if now < throttles.told_at + THROTTLE_S:
+            return False
+        for scope, (count, last) in throttles.take(now).items():
+            self._tell(notices.throttle(count, scope, last.messages_per_second, last.retry_after_ms))
+        return True
 
     def is_unsettled(self, received: int) -> bool:
         """Whether some of ``received`` messages are not settled yet."""

@@ -27,6 +27,15 @@ from gateway.ops.probe import fetch
 from gateway.testing.devkeys import mint_with_secret
 from gateway.testing.kafka import cpu_seconds, rss_bytes
 
+NO_LIMITS: dict[str, Any] = {
+    **{
+        f"tiers.{tier}.{limit}": 0
+        for tier in ("free", "pro", "enterprise")
+        for limit in ("messages_per_second", "users", "accounts", "connections_per_account")
+    },
+    "breaker.share": 1,
+}
+"""Settings under which nobody meets a limit of its tenant, and nobody is shut out."""
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
@@ -47,9 +56,9 @@ class Daemon:
     """``gateway serve`` as a child process, from entering to leaving the context.
 
     ``kafka`` is a bootstrap address, or ``embedded``. ``settings`` are dotted settings over those a test needs: free
-    ports, a secret of its own, no limit on handshakes. With ``cpus`` the process is pinned as ``taskset -c`` does.
-    ``environment`` changes this process' own for it; None takes a variable out. ``prepare`` may put files into its
-    directory.
+    ports, a secret of its own, no limit on handshakes and none of tenants (`NO_LIMITS`). With ``cpus`` the process is
+    pinned as ``taskset -c`` does. ``environment`` changes this process' own for it; None takes a variable out.
+    ``prepare`` may put files into its directory.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class Daemon:
             "spool.directory": "spool",
             "listen.handshakes_per_address_per_s": 0,
             "listen.max_pending_per_address": 0,
+            **NO_LIMITS,
             **({} if self._embedded else {"kafka.bootstrap_servers": kafka}),
             **(settings or {}),
         }

@@ -64,6 +64,7 @@ class Connection:
         "_least_read_bytes",
         "_limits",
         "_outbox",
+        "_parting",
         "_read_bytes",
         "_readiness",
         "_takes_while_closing",
@@ -102,6 +103,7 @@ class Connection:
         self._least_read_bytes = READ_BYTES if isinstance(sock, ssl.SSLSocket) else SMALL_READ_BYTES
         self._read_bytes = self._least_read_bytes
         self._outbox: Outbox | None = None
+        self._parting = False  # the handler has had its last chance to say something
         self._controls = 0.0
         self._controls_at = 0.0
         self._controls_here = 0
@@ -147,18 +149,25 @@ class Connection:
 
     def _sort(self, items: list[Item]) -> None:
         """Hand over messages, and handle everything else in its place between them."""
-        takes = self.state == OPEN or self._takes_while_closing
+        open_first = self.state == OPEN
         messages: list[Payload] = []
         for item in items:
             if isinstance(item, bytes | str):
                 messages.append(item)
                 continue
-            if messages and takes:
-                self._handler.received(messages)
+            self._give(messages, open_first=open_first)
             messages = []
             if self._fails(item):
                 return  # nothing behind counts (RFC 6455 7.1.7)
-        if messages and takes:
+        self._give(messages, open_first=open_first)
+
+    def _give(self, messages: list[Payload], *, open_first: bool) -> None:
+        """Hand messages of a read over: not those behind a close that takes no rest, of this read either.
+
+        A peer that is gone before it could be answered had sent them before that.
+        """
+        taken = open_first if self.state == ENDED else self.state == OPEN or self._takes_while_closing
+        if messages and taken:
             self._handler.received(messages)
 
     def _fails(self, event: Event) -> bool:
@@ -186,11 +195,13 @@ class Connection:
 
     def crash(self, error: Exception) -> None:
         """End with 1011 because of ``error``; the other connections never know. Never raises."""
-        try:
+        with suppress(Exception):
             self._handler.crashed(error)
-            self.fail(catalogue.CLOSE_INTERNAL)
-        except Exception:  # the barrier's own last resort
-            self._end(catalogue.CLOSE_INTERNAL.name)
+        for _ in range(2):  # the second time without last words, when those have raised
+            with suppress(Exception):
+                self.fail(catalogue.CLOSE_INTERNAL)
+                return
+        self._end(catalogue.CLOSE_INTERNAL.name)
 
     # Sending
 
@@ -198,7 +209,8 @@ class Connection:
         """Send one encoded frame when the turn ends, or as much of it as the socket takes; the rest when it can.
 
         False when it was not taken: after a close frame nothing more is sent (RFC 6455 5.5.1), and with `Full.REFUSE`
-        nothing beyond ``max_unsent_bytes``, which with `Full.END` costs the peer its connection.
+        nothing that would make more than ``max_unsent_bytes`` wait, which with `Full.END` costs the peer its
+        connection. One frame may be longer than that, and the last words and the close frame always find room.
         """
         return self.state == OPEN and self._put(frame)
 
@@ -207,7 +219,7 @@ class Connection:
         if outbox is None:
             outbox = self._outbox = Outbox(trio.current_time())
             self._readiness.flush_soon(self)
-        elif outbox.size_bytes + len(frame) > self._limits.max_unsent_bytes:
+        elif outbox.size_bytes + len(frame) > self._limits.max_unsent_bytes and not self._parting:
             self.flush()  # it may have gathered in this turn alone
             if self.state == ENDED:
                 return False
@@ -226,7 +238,7 @@ class Connection:
         """Start the close handshake; ``take_rest`` still takes what the peer sent before it answers."""
         if self.state != OPEN:
             return
-        self._handler.closing(close, "")
+        self._part(close, "")
         self._put_close(close.code, close.reason)
         if self.state == OPEN:  # the write may have ended it
             self.outcome = close.name
@@ -237,9 +249,15 @@ class Connection:
     def fail(self, close: Close, detail: str = "") -> None:
         """Fail the connection (RFC 6455 7.1.7): close frame, then nothing the peer sends matters."""
         if self.state == OPEN:
-            self._handler.closing(close, detail)
+            self._part(close, detail)
             self._put_close(close.code, detail or close.reason)
         self._end(close.name)
+
+    def _part(self, close: Close | None, detail: str) -> None:
+        """Let the handler say its last words, once."""
+        if not self._parting:
+            self._parting = True
+            self._handler.closing(close, detail)
 
     def _put_close(self, code: int, reason: str = "") -> None:
         self._put(frames.encode_close(code, reason))
@@ -259,7 +277,7 @@ class Connection:
             self.fail(event.close, event.detail)
         elif isinstance(event, PeerClose):
             if self.state == OPEN:  # RFC 6455 5.5.1: answer with the code received
-                self._handler.closing(None, "")
+                self._part(None, "")
                 self._put_close(event.code)
             self._end("peer_closed")
         else:
@@ -299,6 +317,7 @@ class Connection:
         if now - self._last_ping >= limits.ping_interval_s:
             self._last_ping = now
             self.send(frames.encode(frames.PING, b""))
+        outbox = self._outbox  # the handler may have sent something, as the ping was
         due = min(self._last_ping + limits.ping_interval_s, silent_since + limits.idle_timeout_s)
         if outbox is not None:
             due = min(due, outbox.waiting_since + limits.unsent_timeout_s)
@@ -325,10 +344,12 @@ class Connection:
             raise
         finally:
             self.state = ENDED
-            self._readiness.remove(self)
-            self.sock.close()
             handler, self._handler = self._handler, GONE
-            handler.ended(self.outcome)
+            try:
+                self._readiness.remove(self)
+                self.sock.close()
+            finally:
+                handler.ended(self.outcome)
 
     def _start(self, first: bytes) -> None:
         """Enter the epoll; take what came with the handshake, behind the same barrier as every feed."""

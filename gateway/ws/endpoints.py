@@ -14,7 +14,7 @@ from gateway.core import catalogue
 from gateway.errors import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from gateway.core.origins import OriginRules
     from gateway.ws.handler import ConnectionLimits, Handler
@@ -77,9 +77,10 @@ class Granted:
 class Endpoint:
     """What is served at a path.
 
-    ``authorise`` decides whether a request may come in, and raises Refused if not; it touches no socket. ``open`` makes
-    the handler of a connection that was granted, and may raise Refused as well; from then on `Handler.ended` is called
-    once, whatever happens.
+    ``authorise`` decides whether a request may come in, and raises Refused if not; it touches no socket and does not
+    wait. ``open`` makes the handler of a connection that was granted, within the handshake's deadline: it may wait, and
+    raise Refused as well, and leaves nothing behind then, as when it is cancelled. Once it has returned,
+    `Handler.ended` is called once, whatever happens.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Endpoint:
     limits: ConnectionLimits
     origins: OriginRules
     authorise: Callable[[Asked], Granted]
-    open: Callable[[Granted], Handler]
+    open: Callable[[Granted], Awaitable[Handler]]
     subprotocols: tuple[str, ...] = ()
     """Those that are answered, whichever the client offers first."""
     text: bool = field(default=False, kw_only=True)

@@ -84,8 +84,10 @@ class Link(Protocol):
 class Handler(Protocol):
     """What a connection's messages mean, and what is to be said to its peer. All methods are synchronous.
 
-    They are called in the order opened, then any number of received, tick and at most one closing, then ended. What
-    they raise ends the connection with 1011 (`crashed`), and nobody else's.
+    They are called in the order opened, then any number of received and tick and at most one closing, then ended.
+    What they raise ends the connection with 1011 (`crashed`), and nobody else's; what `ended` raises is logged.
+    `opened` is not called when the peer went away before the handshake was answered; `ended` is, always and once.
+    A handler that closes while it takes a list of messages gets no other; the rest of that list is its own to skip.
     """
 
     def opened(self, connection: Link, /) -> None:

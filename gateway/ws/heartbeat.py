@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SWEEP_S: Final = 1.0
 """Between sweeps: the precision of every timeout of an open connection. A sweep over 20,000 connections that are not
-due takes about two milliseconds."""
+due takes a millisecond or two."""
 
 
 class Speaker(Protocol):

@@ -119,7 +119,7 @@ class Listener:
     async def wait_answered(self) -> None:
         """Wait until no handshake is under way."""
         if self._pending or self._turned_away:
-            self._quiet = trio.Event()
+            self._quiet = self._quiet or trio.Event()
             await self._quiet.wait()
 
     async def run(self, nursery: trio.Nursery) -> None:
@@ -187,6 +187,7 @@ class Listener:
             return
         self._pending[host] = pending + 1
         self._open += 1
+        self._upgrade.admission.count(host, 1)
         nursery.start_soon(self._connection, sock, address)
 
     def _turn_away(self, sock: socket.socket, address: str, refused: Refused, nursery: trio.Nursery) -> None:
@@ -241,6 +242,7 @@ class Listener:
                 await connection.run(first)
             finally:
                 self._open -= 1
+                self._upgrade.admission.count(network(address), -1)
                 sock.close()
         except Exception as error:  # the barrier around each connection
             self._handshakes.add("error")
@@ -262,7 +264,7 @@ class Listener:
                     secured = True
                 request = await read_request(sock, buffer)
                 accepted = self._upgrade.decide(request)
-                handler = accepted.endpoint.open(accepted.granted)
+                handler = await accepted.endpoint.open(accepted.granted)
                 try:
                     connection = self._connect(sock, accepted, handler)
                     await write_all(sock, acceptance(accepted))
@@ -275,12 +277,11 @@ class Listener:
                 raise Refused(catalogue.HANDSHAKE_TIMEOUT)
         except Refused as refused:
             self._count_refusal(refused, address)
+            self._note(address, failed=refused.refusal.blames_client)
             await _answer(sock, refused)
             return None
         except TlsFailed as failure:
-            self._handshakes.add("tls_failed")
-            if failure.said:
-                self._log_refused("TLS handshake failed", address=address, error=failure.reason)
+            self._count_tls_failure(failure, address)
             return None
         except (OSError, Disconnected) as error:
             self._handshakes.add("disconnected")
@@ -290,7 +291,18 @@ class Listener:
             return None
         assert connection is not None  # noqa: S101  # every other way out returned
         self._handshakes.add("accepted")
+        self._note(address, failed=False)
         return connection, bytes(buffer)
+
+    def _note(self, address: str, *, failed: bool) -> None:
+        """A handshake of this address has come to its end."""
+        self._upgrade.admission.protection.note_handshake(network(address), trio.current_time(), failed=failed)
+
+    def _count_tls_failure(self, failure: TlsFailed, address: str) -> None:
+        self._handshakes.add("tls_failed")
+        self._note(address, failed=failure.said)
+        if failure.said:
+            self._log_refused("TLS handshake failed", address=address, error=failure.reason)
 
     def _count_refusal(self, refused: Refused, address: str) -> None:
         refusal = refused.refusal
@@ -298,7 +310,7 @@ class Listener:
         self._log_refused(
             "handshake refused",
             address=address,
-            status=refusal.status,
+            status=refusal.status.value,
             code=refusal.code,
             detail=refused.detail,
         )

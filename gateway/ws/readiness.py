@@ -122,9 +122,10 @@ class Readiness:
         return len(self._connections)
 
     def add(self, connection: Feedable) -> None:
-        """Start feeding ``connection``; its descriptor must be non-blocking and stay open until `remove`."""
+        """Start feeding ``connection``; its descriptor must be non-blocking and stay open until `remove`. Raises
+        OSError when the system watches no more descriptors."""
+        self._epoll.register(connection.fd, select.EPOLLIN)  # may raise: ENOSPC beyond fs.epoll.max_user_watches
         self._connections[connection.fd] = connection
-        self._epoll.register(connection.fd, select.EPOLLIN)
 
     def remove(self, connection: Feedable) -> None:
         """Stop feeding ``connection``; harmless when it is not there."""
@@ -175,9 +176,9 @@ class Readiness:
 
     def flush_soon(self, connection: Feedable) -> None:
         """Let ``connection`` write at the end of this turn, or now where there is no turn: all it has in one send."""
-        self._unflushed.append(connection)
-        if not self._turning:
+        if not self._unflushed and not self._turning:
             self._ring()
+        self._unflushed.append(connection)
 
     def _ring(self) -> None:
         """Let `run` go on with what is stalled, or not written yet."""

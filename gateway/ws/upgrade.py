@@ -202,4 +202,4 @@ def refusal_answer(refusal: Refusal, retry_after_s: int | None) -> bytes:
     if retry_after_s is not None:
         headers.append(("Retry-After", str(retry_after_s)))
     head = "".join(f"{name}: {value}\r\n" for name, value in headers)
-    return f"HTTP/1.1 {refusal.status} {refusal.status.phrase}\r\n{head}\r\n".encode() + body
+    return f"HTTP/1.1 {refusal.status} {refusal.phrase}\r\n{head}\r\n".encode() + body

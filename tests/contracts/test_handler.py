@@ -20,6 +20,7 @@ from gateway.ws.connection import Connection
 from gateway.ws.handler import ENDED, Handler
 from gateway.ws.readiness import Readiness
 from tests.echo import LIMITS, Echo
+from tests.router.stand_ins import PROTECTION, nobody_trips, user_of
 from tests.router.test_session import ScriptedDelivery
 
 MESSAGES = ("opened", "received", "tick", "closing", "crashed", "ended")
@@ -38,6 +39,8 @@ def session(readiness: Readiness) -> Session:
         ack_interval_ms=200,
         reconnect_window_ms=1000,
         leeway_s=lambda: 0.0,
+        trip=nobody_trips,
+        protection=PROTECTION,
         notify=lambda one: one.send_notices(),
         log_rejected=quiet,
         log_crash=quiet,
@@ -47,6 +50,7 @@ def session(readiness: Readiness) -> Session:
         Nowhere(),
         connection_id="c-1",
         principal=Principal("alice", "acme", "pro", 4_000_000_000.0),
+        user=user_of(),
         account="alice",
         path="/",
         subprotocol="gateway.v1.json",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gateway.core.books import FEW_COMPANIES, SLICE_COMPANIES, Books, Tally
+from gateway.core.books import FEW_COMPANIES, SLICE_COMPANIES, Books
+from gateway.core.tally import Tally
 
 
 def test_sums_are_over_companies_and_types() -> None:
@@ -30,19 +31,19 @@ def test_a_message_that_is_nowhere_shows() -> None:
 
 def test_companies_that_are_gone_are_folded_and_still_counted() -> None:
     books = Books()
-    books.open("acme")
+    books.tenants.company("acme").count(connections=1)
     tally = books.tally("acme", "tick_data")
     tally.received, tally.in_flight = 2, 2
     books.fold()
     assert books.companies == 1
-    books.close("acme")
+    books.tenants.company("acme").count(connections=-1)
     books.fold()
     assert books.companies == 1, "messages are in flight"
     tally.in_flight, tally.delivered = 0, 2
     books.fold()
     assert books.companies == 0
     assert books.totals().delivered == 2
-    books.open("acme")
+    books.tenants.company("acme").count(connections=1)
     books.tally("acme", "tick_data").received += 1
     books.tally("acme", "tick_data").delivered += 1
     assert books.by_type()["tick_data"].received == 3
@@ -53,7 +54,7 @@ def test_summary_of_many_companies_is_the_last_recounts_which_goes_on_slice_by_s
     books = Books()
     companies = FEW_COMPANIES + SLICE_COMPANIES
     for number in range(companies):
-        books.open(f"company-{number}")
+        books.tenants.company(f"company-{number}").count(connections=1)
         tally = books.tally(f"company-{number}", "tick_data")
         tally.received = tally.delivered = 2
     assert len([*books.recount()]) > companies // SLICE_COMPANIES - 1
@@ -65,7 +66,7 @@ def test_summary_of_many_companies_is_the_last_recounts_which_goes_on_slice_by_s
     assert books.summary().totals.received == 2 * companies + 1
     assert books.summary().unbalanced_companies == 1
     for number in range(SLICE_COMPANIES):
-        books.close(f"company-{number + 1}")
+        books.tenants.company(f"company-{number + 1}").count(connections=-1)
     books.tally("company-0", "tick_data").delivered += 1
     for _ in books.recount():
         pass

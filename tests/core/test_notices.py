@@ -8,6 +8,7 @@ import msgpack
 import pytest
 
 from gateway.core import notices
+from gateway.core.limits import TierLimits
 from gateway.core.principal import Principal
 from gateway.core.routes import Routes, check_topic
 
@@ -16,6 +17,8 @@ def test_both_encodings_hold_the_same_welcome() -> None:
     message = notices.welcome(
         connection_id="c-1",
         principal=Principal("ålice", "acme", "pro", 1_800_000_000.9),
+        tier="pro",
+        limits=TierLimits(messages_per_second=75.0),
         max_message_bytes=65_536,
         ping_interval_s=20.0,
         ack_interval_ms=200,
@@ -25,6 +28,7 @@ def test_both_encodings_hold_the_same_welcome() -> None:
     assert isinstance(packed, bytes)
     assert json.loads(text) == msgpack.unpackb(packed) == message
     assert message["token_expires_at"] == 1_800_000_000
+    assert message["limits"] == {"messages_per_second": 75, "burst": 150, "max_message_bytes": 65_536}
     names = "type connection user_id company_id tier token_expires_at limits ping_interval_s ack_interval_ms"
     assert set(message) == set(names.split())
 

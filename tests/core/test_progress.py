@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gateway.core.books import Tally
 from gateway.core.progress import FORGET_S, REFUSED_MESSAGES, STALLED_S, Progress
+from gateway.core.tally import Tally
 
 
 def test_type_whose_messages_nobody_confirms_is_named_and_forgotten_when_they_are() -> None:

@@ -42,16 +42,25 @@ def settings(**flags: Any) -> Settings:
 
 def make(load: Callable[[], Settings]) -> tuple[Reload, Log, Metrics, list[str]]:
     log, metrics, told = Log(), Metrics(), list[str]()
+
+    def use_tiers(tiers: object) -> list[Any]:
+        told.append("tiers")
+        return []
+
     daemon: Any = SimpleNamespace(
         log=log,
         metrics=metrics,
         settings=settings(),
         lifecycle=Lifecycle(),
         secured=False,
-        kafka=SimpleNamespace(delivery=SimpleNamespace(use_routes=lambda routes: told.append("routes"))),
+        kafka=SimpleNamespace(
+            delivery=SimpleNamespace(use_routes=lambda routes: told.append("routes")),
+            books=SimpleNamespace(tenants=SimpleNamespace(use_tiers=use_tiers)),
+        ),
         ws=SimpleNamespace(
             gatekeeper=SimpleNamespace(use_rules=lambda rules, **_: told.append("auth")),
             listener=SimpleNamespace(use_tls=lambda context: told.append("tls")),
+            admission=SimpleNamespace(protection=SimpleNamespace(use_rules=lambda *_: told.append("breaker"))),
         ),
     )
     reload = Reload(
@@ -68,7 +77,7 @@ def test_every_section_with_live_settings_has_somebody_who_takes_it() -> None:
 async def test_what_is_live_is_taken_and_the_rest_named() -> None:
     reload, log, metrics, told = make(lambda: settings(log__level="debug", log__format="console", listen__port=1))
     await reload.reload()
-    assert (log.level, told) == ("debug", ["auth", "tls", "reloaded"])
+    assert (log.level, told) == ("debug", ["auth", "tls", "tiers", "breaker", "reloaded"])
     assert log.lines == [("reloaded", {"needs_restart": ["listen.port", "log.format"]})]
     assert (reload.settings.log.level, reload.settings.log.format, reload.settings.listen.port) == (
         "debug",

@@ -5,8 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gateway.core import catalogue
+from gateway.core.limits import TierLimits
 from gateway.core.principal import Principal
+from gateway.core.protection import Protection
+from gateway.core.tenants import Tenants, User
 from gateway.router.lanes import Lane
+
+ALICE = Principal("alice", "acme", "pro", 4_000_000_000.0)
+
+
+def user_of(principal: Principal = ALICE, limits: TierLimits = TierLimits()) -> User:  # noqa: B008  # frozen
+    """A user of a company of its own that has these limits."""
+    tenants = Tenants({principal.tier: limits})
+    tenants.learn_tier(principal)
+    return tenants.user(principal, 0.0)
+
+
+def nobody_trips(user: User) -> None:
+    """Nobody is shut out."""
+    raise AssertionError(f"{user.user_id} was shut out")
+
+
+PROTECTION = Protection()
 
 
 class Sender:

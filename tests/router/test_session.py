@@ -13,9 +13,11 @@ import trio
 import trio.lowlevel
 
 from gateway.core import catalogue, notices
-from gateway.core.books import Tally
 from gateway.core.principal import Principal
+from gateway.core.protection import Protection
 from gateway.core.routes import Routes
+from gateway.core.tally import Tally
+from gateway.core.tenants import User
 from gateway.router.delivery import Room
 from gateway.router.lanes import Lane
 from gateway.router.session import Session, SessionContext
@@ -26,6 +28,7 @@ from gateway.ws.connection import Connection
 from gateway.ws.handler import ConnectionLimits
 from gateway.ws.outbox import Outbox
 from gateway.ws.readiness import Readiness
+from tests.router.stand_ins import user_of
 
 LIMITS = ConnectionLimits(
     max_message_bytes=65_536,
@@ -110,6 +113,7 @@ class World:
         self.crashes: list[Exception] = []
         self.lines: list[dict[str, Any]] = []
         self.outcomes: list[str] = []
+        self.trips: list[User] = []
         self.done = trio.Event()
 
     def leave(self, session: Session, outcome: str) -> None:
@@ -130,6 +134,8 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
         reconnect_window_ms=1000,
         notify=lambda session: session.send_notices(),
         leeway_s=lambda: 0.0,
+        trip=lambda user: made[0].trips.append(user),
+        protection=Protection(),
         log_rejected=RateLimited(lambda event, **fields: made[0].lines.append(fields), trio.current_time),
         log_crash=RateLimited(lambda event, **fields: made[0].crashes.append(fields["exc_info"]), trio.current_time),
     )
@@ -143,6 +149,7 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
         Home(),
         connection_id="c-1",
         principal=Principal("alice", "acme", "pro", 4_000_000_000.0),
+        user=user_of(),
         account="alice",
         path="/ws/mt5",
         subprotocol=subprotocol,
@@ -527,6 +534,7 @@ async def test_session_that_is_closed_before_it_is_open_closes_when_it_is() -> N
         it,
         connection_id="c-2",
         principal=it.session.principal,
+        user=it.session.user,
         account="alice",
         path="/",
         subprotocol=None,

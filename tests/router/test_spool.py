@@ -15,7 +15,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.core.books import Tally
+from gateway.core.tally import Tally
 from gateway.errors import SpoolError
 from gateway.router.messages import Message
 from gateway.router.spool import records

@@ -8,7 +8,7 @@ from gateway.core import catalogue
 from gateway.core.origins import OriginRules
 from gateway.errors import Refused
 from gateway.ws.endpoints import Endpoint, Endpoints, Granted, PathTemplate
-from tests.echo import LIMITS, Echo
+from tests.echo import LIMITS, open_echo
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,7 @@ def test_template_that_makes_no_sense_is_refused(template: str) -> None:
 
 
 def endpoint(name: str, template: str) -> Endpoint:
-    return Endpoint(
-        name, PathTemplate(template), LIMITS, OriginRules(), lambda _: Granted(None), lambda _: Echo(), text=True
-    )
+    return Endpoint(name, PathTemplate(template), LIMITS, OriginRules(), lambda _: Granted(None), open_echo, text=True)
 
 
 def test_first_endpoint_of_a_path_serves_it_and_other_paths_are_not_found() -> None:

@@ -80,7 +80,7 @@ async def serving(
             raise Refused(catalogue.INVALID_TOKEN, "bad")
         return Granted(asked.parameters["room"], subprotocol)
 
-    def open_echo(granted: Granted) -> Echo:
+    async def open_echo(granted: Granted) -> Echo:
         made[0].handlers.append(Echo())
         return made[0].handlers[-1]
 
@@ -194,7 +194,7 @@ async def test_handshake_that_is_refused_is_answered_with_why(
 ) -> None:
     async with serving() as server:
         stream, answer = await ask(server, target, headers)
-        assert answer.startswith(f"HTTP/1.1 {refusal.status} {refusal.status.phrase}\r\n".encode())
+        assert answer.startswith(f"HTTP/1.1 {refusal.status} {refusal.phrase}\r\n".encode())
         assert f'"code": "{refusal.code}"'.encode() in answer
         await stream.send_eof()
         assert await stream.receive_some() == b""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gateway.router.spool.records import Record
     from gateway.router.spool.segments import Segment, Spool
     from gateway.telemetry.logging import Log
-    from gateway.telemetry.metrics import Metrics
+    from gateway.telemetry.metrics import Counter, Metrics
 
 RETRY_S: Final = 1.0
 """Between attempts to get a thread."""
@@ -36,6 +36,11 @@ ROOM_S: Final = 0.02
 """Between attempts to queue a record when the producer has no room."""
 
 T = TypeVar("T")
+
+
+def declare(metrics: Metrics) -> Counter:
+    """Declare the metric that is there without a spool too."""
+    return metrics.counter("gateway_spool_replayed", "Records offered again.")
 
 
 class SegmentReplay:
@@ -138,7 +143,7 @@ class Replay:
         """``offer`` hands a record over as if it had just come from that sender; false when there is no room."""
         self._spool = spool
         self._offer_to_kafka = offer
-        self._replayed = metrics.counter("gateway_spool_replayed", "Records offered again.")
+        self._replayed = declare(metrics)
         self._log = log
         self._offering = trio.CancelScope()
         self._under_way: list[SegmentReplay] = []

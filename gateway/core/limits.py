@@ -1,0 +1,87 @@
+"""What a tier allows, and the buckets that measure it.
+
+Every number is of a `TierLimits`; 0 is no limit. Buckets are read lazily: they know nothing of time until somebody
+finds them empty, and then what has come in since is added at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+NO_LIMIT: Final = 0
+SURELY: Final = 1e-9
+"""A token that is short of one by less than this is one: seconds times a rate are not exact."""
+UNMETERED: Final = 1000
+"""Messages that a user without a rate may hand over before the limits are looked at again: they may have changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierLimits:
+    """What one tier allows; 0 is no limit. One instance a tier is shared by all companies that have it."""
+
+    messages_per_second: float = NO_LIMIT
+    """Of one user, over all its connections."""
+    burst_s: float = 2.0
+    """So many seconds' worth may come at once, of every rate here; one message in any case."""
+    company_messages_per_second: float = NO_LIMIT
+    company_bytes_per_second: float = NO_LIMIT
+    company_bytes_per_day: int = NO_LIMIT
+    """Of messages as received; days and months are UTC's."""
+    company_bytes_per_month: int = NO_LIMIT
+    users: int = NO_LIMIT
+    """Distinct users of a company that are connected."""
+    accounts: int = NO_LIMIT
+    """MT5 accounts of a company that are connected; each belongs to its user."""
+    accounts_per_user: int = NO_LIMIT
+    connections_per_account: int = NO_LIMIT
+    """One more replaces the oldest (4429)."""
+    pairs: int = NO_LIMIT
+    """Symbols that a user streams."""
+
+    @property
+    def metered(self) -> bool:
+        """Whether the company as a whole has a budget that every message must be taken from."""
+        return bool(
+            self.company_messages_per_second
+            or self.company_bytes_per_second
+            or self.company_bytes_per_day
+            or self.company_bytes_per_month
+        )
+
+    @property
+    def burst(self) -> float:
+        """Messages that a user may have at once."""
+        return capacity(self.messages_per_second, self.burst_s)
+
+    @property
+    def told_rate(self) -> float:
+        """The rate that holds for a user's messages, the company's counted in; 0 for none."""
+        rates = [rate for rate in (self.messages_per_second, self.company_messages_per_second) if rate]
+        return min(rates, default=NO_LIMIT)
+
+
+def capacity(rate: float, burst_s: float) -> float:
+    """Tokens that a bucket of ``rate`` a second holds: one at least, or nothing could ever be taken."""
+    return max(1.0, rate * burst_s)
+
+
+class Bucket:
+    """Tokens of one rate. ``level`` may be below 0: what was taken in advance is paid back first."""
+
+    __slots__ = ("_at", "level")
+
+    def __init__(self, level: float, now: float) -> None:
+        self.level = level
+        self._at = now
+
+    def fill(self, rate: float, full: float, now: float) -> float:
+        """Add what has come in since the last time, up to ``full``; return the level."""
+        # a clock that went back brings nothing, and what it shows is the time from now on
+        self.level = min(full, self.level + max(0.0, now - self._at) * rate)
+        self._at = now
+        return self.level
+
+    def take(self, tokens: float) -> None:
+        """Take tokens out."""
+        self.level -= tokens

@@ -1,0 +1,41 @@
+"""What follows from a ban: connections closed, one log line, metrics, and whoever else must know.
+
+The decisions are `gateway.core.protection.Protection`'s.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from gateway.core.protection import Ban, Protection
+    from gateway.core.tenants import User
+    from gateway.router.sessions import Sessions
+    from gateway.telemetry.logging import Log
+    from gateway.telemetry.metrics import Metrics
+
+KINDS: Final = ("user", "address")
+"""Label values: what is banned."""
+
+
+class BanOffice:
+    """Carries out the bans of one process."""
+
+    def __init__(self, protection: Protection, sessions: Sessions, metrics: Metrics, log: Log) -> None:
+        self._protection = protection
+        self._sessions = sessions
+        self._log = log
+        self._bans = metrics.labelled("gateway_bans", "Bans pronounced here.", "kind", KINDS)
+        protection.tell(self._pronounced)
+
+    def ban_user(self, user: User) -> None:
+        """Shut a user out because of what it sends, and close its connections."""
+        self._protection.ban_user(user, trio.current_time())
+        self._sessions.close_banned(user)
+
+    def _pronounced(self, ban: Ban) -> None:
+        self._bans.add(ban.kind)
+        who = dict(zip(("company_id", "user_id") if ban.kind == "user" else ("address",), ban.subject, strict=True))
+        self._log.warning("banned", kind=ban.kind, **who, seconds=round(ban.remaining_s))
