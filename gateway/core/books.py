@@ -63,6 +63,7 @@ class Books:
         self.tenants = Tenants() if tenants is None else tenants
         self._companies = self.tenants.companies
         self._gone: dict[str, Tally] = {}
+        self._remembered = 0  # companies that are kept for their budgets or for users who have just left
         self._counted: Summary | None = None
 
     def tally(self, company_id: str, message_type: str) -> Tally:
@@ -72,11 +73,15 @@ class Books:
 
     def fold(self, utc: Moment | None = None) -> None:
         """Move the tallies of companies that are gone into the remainder; ``utc`` tells whose budgets are over."""
-        idle = [
-            company_id
-            for company_id, company in self._companies.items()
-            if company.is_idle(utc) and not any(tally.in_flight for tally in company.tallies.values())
-        ]
+        idle, remembered = [], 0
+        for company_id, company in self._companies.items():
+            if company.connections or any(tally.in_flight for tally in company.tallies.values()):
+                continue
+            if company.is_idle(utc):
+                idle.append(company_id)
+            else:
+                remembered += 1
+        self._remembered = remembered
         gone: dict[str, list[Tally]] = {}
         for company_id in idle:
             for message_type, tally in self._companies.pop(company_id).tallies.items():
@@ -128,8 +133,8 @@ class Books:
 
     @property
     def companies(self) -> int:
-        """Companies that are kept: with a connection or a message in flight, or with something to remember."""
-        return len(self._companies)
+        """Companies with a connection or a message in flight; as of the last `fold`, others may be among them."""
+        return len(self._companies) - self._remembered
 
     def _all(self) -> Iterator[tuple[str, Tally]]:
         yield from self._gone.items()

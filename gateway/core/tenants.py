@@ -340,21 +340,21 @@ class Tenants:
         company = self.companies.get(company_id)
         return company.users.get(user_id) if company is not None else None
 
-    def use_tiers(self, tiers: Mapping[str, TierLimits]) -> list[Holder]:
-        """Go by other limits; returns who must give up its place for them."""
+    def use_tiers(self, tiers: Mapping[str, TierLimits], now: float = 0.0) -> list[Holder]:
+        """Go by other limits; returns whose places they have taken away."""
         self._tiers = tiers
         excess: list[Holder] = []
         for company in self.companies.values():
             if company.tier:
                 company.use_limits(tiers.get(company.tier, NO_TIER))
-                excess += self.excess(company)
+                excess += self.reduce(company, now)
         return excess
 
-    def learn_tier(self, principal: Principal) -> list[Holder]:
-        """A token has been verified: it may change its company's tier. Returns who must give up its place for that."""
+    def learn_tier(self, principal: Principal, now: float = 0.0) -> list[Holder]:
+        """A token has been verified: it may change its company's tier. Returns whose places that has taken away."""
         company = self.company(principal.company_id)
         if company.learn_tier(principal.tier, principal.issued_at, self._tiers):
-            return self.excess(company)
+            return self.reduce(company, now)
         return []
 
     # Places
@@ -412,10 +412,18 @@ class Tenants:
         last = holder.account not in user.accounts()
         user.company.count(connections=-1, users=-(not user.places), accounts=-last)
 
-    def excess(self, company: Company) -> list[Holder]:
-        """Who has a place beyond the company's limits: the users, the accounts that came last, and an account's oldest
-        connections."""
-        limits, found = company.limits, []
+    def reduce(self, company: Company, now: float) -> list[Holder]:
+        """Take away the places beyond the company's limits; returns whose they were."""
+        excess = self._excess(company)
+        for user, place in excess:
+            self.leave(user, place, now)
+        return [place for _, place in excess]
+
+    @staticmethod
+    def _excess(company: Company) -> list[tuple[User, Holder]]:
+        """The users and accounts that came last, and an account's oldest connections."""
+        limits = company.limits
+        found: list[tuple[User, Holder]] = []
         users = accounts = 0
         for user in company.users.values():
             if not user.places:
@@ -431,9 +439,9 @@ class Tenants:
                     or _beyond(number, limits.accounts_per_user)
                     or _beyond(accounts, limits.accounts)
                 ):
-                    found += places
+                    found += [(user, place) for place in places]
                 elif limits.connections_per_account:
-                    found += places[: -limits.connections_per_account]
+                    found += [(user, place) for place in places[: -limits.connections_per_account]]
         return found
 
     def sweep(self, now: float) -> None:

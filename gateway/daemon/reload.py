@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import trio
+
 from gateway import config
 from gateway.config.tls import tls_context
 from gateway.core import catalogue
@@ -148,7 +150,7 @@ class Reload:
 
     async def _prepare_tiers(self, settings: Settings) -> Apply:
         def apply() -> None:
-            for holder in self._daemon.kafka.books.tenants.use_tiers(settings.tiers.limits):
+            for holder in self._daemon.kafka.books.tenants.use_tiers(settings.tiers.limits, trio.current_time()):
                 holder.revoke(catalogue.CLOSE_REPLACED)
 
         return apply

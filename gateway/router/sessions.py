@@ -74,7 +74,7 @@ class Sessions:
         now = trio.current_time()
         user = self._tenants.user(principal, now)
         self._context.protection.check_user(user, now)
-        for holder in self._tenants.learn_tier(principal):
+        for holder in self._tenants.learn_tier(principal, now):
             holder.revoke(catalogue.CLOSE_REPLACED)
         session = Session(
             self._context,

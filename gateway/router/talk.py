@@ -105,11 +105,12 @@ class Talk:
         rejections, self._rejections = self._rejections, None
         for reason, (count, last) in (rejections or {}).items():
             self._tell(notices.rejected(count, reason, last))
+        waits = self._throttles is not None and not self._send_throttles(self._throttles, now)
         acks = self._acks
         if acks.settled > acks.told:
             acks.tell()
             self._tell(notices.ack(acks.settled))
-        return self._throttles is not None and not self._send_throttles(self._throttles, now)
+        return waits
 
     def _send_throttles(self, throttles: Throttles, now: float) -> bool:
         """False when it is not time yet."""

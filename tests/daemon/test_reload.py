@@ -43,7 +43,7 @@ def settings(**flags: Any) -> Settings:
 def make(load: Callable[[], Settings]) -> tuple[Reload, Log, Metrics, list[str]]:
     log, metrics, told = Log(), Metrics(), list[str]()
 
-    def use_tiers(tiers: object) -> list[Any]:
+    def use_tiers(tiers: object, now: float) -> list[Any]:
         told.append("tiers")
         return []
 
