@@ -90,6 +90,7 @@ class Session:
         "_alone",
         "_backlog",
         "_context",
+        "_due_close",
         "_edition",
         "_held_bytes",
         "_home",
@@ -97,8 +98,6 @@ class Session:
         "_lanes",
         "_last_lane",
         "_last_pattern",
-        "_restarting",
-        "_revoked",
         "_subprotocol",
         "_talk",
         "account",
@@ -125,7 +124,7 @@ class Session:
         self._context = context
         self._home = home
         self.user = user
-        self._key = principal.user_id.encode()
+        self._key = b""  # the user_id, from the first lane on: an idle connection needs none
         self._lanes: dict[str, Lane] = {}
         self._last_lane: Lane | None = None
         self._last_pattern: Pattern = NO_PATTERN
@@ -133,8 +132,7 @@ class Session:
         self._backlog: deque[bytes | Over] | None = None
         self._held_bytes = 0
         self._alone = False
-        self._restarting = False  # before there was a connection
-        self._revoked: Close | None = None
+        self._due_close: Close | None = None  # once there is a connection
         self._subprotocol = subprotocol
         self._talk: Talk | None = None
         self.connection: Link | None = None
@@ -153,10 +151,8 @@ class Session:
         if self._subprotocol in notices.CONTROL_SUBPROTOCOLS:
             self._talk = Talk(connection, self._subprotocol)
             self._talk.send_welcome(self.connection_id, self.principal, self.user, self._context.ack_interval_ms)
-        if self._revoked is not None:
-            self.revoke(self._revoked)
-        if self._restarting:
-            self.close_for_restart()
+        if self._due_close is not None:
+            self._close(self._due_close)
 
     def received(self, messages: Sequence[Payload]) -> None:
         """Hand over what one read brought, or keep it while that may not be; what is over a limit is dropped."""
@@ -267,7 +263,7 @@ class Session:
                     if refused is not None:
                         break
                     continue
-                lane, pattern = judged, self._last_pattern
+                lane, pattern, key = judged, self._last_pattern, self._key
             try:
                 produce(lane.topic, raw, key, -1, lane)
             except PRODUCE_ERRORS:
@@ -340,6 +336,7 @@ class Session:
             acked = self._talk is not None
             lane = self._context.delivery.open_lane(self, verdict.topic, verdict.message_type, acked=acked)
             self._lanes[verdict.topic] = lane
+            self._key = self._key or self.principal.user_id.encode()
         return lane
 
     def _look_up_anew(self, delivery: Delivery) -> None:
@@ -423,12 +420,16 @@ class Session:
 
     def revoke(self, close: Close) -> None:
         """The place is another's: close the connection, once there is one. Never raises."""
-        self._revoked = close
+        try:
+            self._close(close)
+        except Exception as error:  # the barrier around each connection
+            self.crash(error)
+
+    def _close(self, close: Close) -> None:
+        """Start the close handshake, once there is a connection; before a restart, what was under way is taken."""
+        self._due_close = close
         if self.connection is not None:
-            try:
-                self.connection.close(close)
-            except Exception as error:  # the barrier around each connection
-                self.crash(error)
+            self.connection.close(close, take_rest=close is catalogue.CLOSE_RESTART)
 
     @property
     def backlog(self) -> int:
@@ -496,9 +497,7 @@ class Session:
 
     def close_for_restart(self) -> None:
         """Start the close handshake, once there is a connection; what was under way is still taken."""
-        self._restarting = True
-        if self.connection is not None:
-            self.connection.close(catalogue.CLOSE_RESTART, take_rest=True)
+        self._close(catalogue.CLOSE_RESTART)
 
     def _log(self, write: RateLimited, event: str, **fields: object) -> None:
         write(event, connection=self.connection_id, user_id=self.principal.user_id, **fields)
