@@ -27,6 +27,7 @@ from gateway.core.routes import DEFAULT_DEAD_LETTER_TOPIC, DEFAULT_ROUTES, Route
 from gateway.core.tenants import Tenants
 from gateway.kafka.producer import KafkaProducer
 from gateway.router.delivery import Delivery
+from gateway.router.endpoint import Gatekeeper
 from gateway.router.session import Session, SessionContext
 from gateway.telemetry.logging import Log, RateLimited
 from gateway.telemetry.metrics import Metrics
@@ -95,6 +96,9 @@ class Nowhere:
     def leave(self, session: Session, outcome: str) -> None:
         """Nobody counts."""
 
+    def renewed(self, session: Session) -> None:
+        """Never called."""
+
 
 def session_steps(
     message: bytes, batch: int, producer: KafkaProducer, metrics: Metrics, subprotocol: str | None
@@ -115,7 +119,7 @@ def session_steps(
             delivery=delivery,
             ack_interval_ms=200,
             reconnect_window_ms=0,
-            leeway_s=lambda: 5.0,
+            tokens=Gatekeeper(TokenRules((), ""), allow_query_token=False),
             trip=lambda _: None,
             protection=Protection(),
             notify=lambda _: None,

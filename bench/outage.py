@@ -91,6 +91,15 @@ class Delays:
     def take_recovered(self) -> None:
         """It sends on anyway."""
 
+    def take_throttle(self, dropped: int, retry_after_s: float) -> None:
+        """None is."""
+
+    def take_renewed(self, expires_at: float) -> None:
+        """It offers no newer token."""
+
+    def take_not_renewed(self, code: str) -> None:
+        """See `take_renewed`."""
+
 
 async def probe(daemon: Daemon, number: int, timeline: Timeline, stop: trio.Event) -> None:
     """One acked client."""

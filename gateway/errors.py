@@ -12,6 +12,7 @@
     ├── Disconnected                the peer went away before its request was whole
     ├── TlsFailed                   a TLS handshake that came to nothing
     ├── NotAnEnvelope               bytes that are not a MessageEnvelope
+    ├── BadMessage                  a client's control message that is none; carries its id
     ├── BadTicks                    a tick file that cannot be read
     └── ClientError                 the client side (gateway.client)
         ├── BadControlMessage       the server sent something that the contract does not know
@@ -105,6 +106,14 @@ class TlsFailed(GatewayError):
 
 class NotAnEnvelope(GatewayError):
     """A binary message whose bytes do not parse as a MessageEnvelope."""
+
+
+class BadMessage(GatewayError):
+    """A control message of a client that is none; ``id`` is its own, where that could be read."""
+
+    def __init__(self, text: str, identifier: int | str | None = None) -> None:
+        self.id = identifier
+        super().__init__(text)
 
 
 class BadTicks(GatewayError):

@@ -75,7 +75,7 @@ async def open_echo(granted: Granted) -> Echo:
 
 def anybody(asked: Asked) -> Granted:
     """Grant every upgrade."""
-    return Granted(None)
+    return Granted(None, text=True)
 
 
 async def serve(port: int, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
@@ -84,7 +84,7 @@ async def serve(port: int, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_
     quiet = RateLimited(lambda *_, **__: None, trio.current_time)
     admission = Admission(1000, AddressRate(0, 1))
     admission.open()
-    endpoint = Endpoint("echo", PathTemplate("/"), LIMITS, OriginRules(), anybody, open_echo, text=True)
+    endpoint = Endpoint("echo", PathTemplate("/"), LIMITS, OriginRules(), anybody, open_echo)
     listener = Listener(
         open_listening_sockets("listen", "127.0.0.1", port, backlog=128),
         upgrade=Upgrade(Endpoints([endpoint]), admission),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S: Final = 10.0
 CLOSE_TIMEOUT_S: Final = 5.0
+RENEWAL: Final = "renewal"
+"""The ``id`` of the control messages that offer a newer token."""
 
 
 def tls_context(url: str, ca_file: Path | None) -> ssl.SSLContext | None:
@@ -48,6 +50,15 @@ class Listener(Protocol):
     def take_recovered(self) -> None:
         """The gateway hands over again."""
 
+    def take_throttle(self, dropped: int, retry_after_s: float) -> None:
+        """``dropped`` messages were over a limit; one may be sent again after ``retry_after_s``."""
+
+    def take_renewed(self, expires_at: float) -> None:
+        """A newer token counts, until ``expires_at`` in seconds since the epoch."""
+
+    def take_not_renewed(self, code: str) -> None:
+        """A newer token does not count, for this reason; the old one does."""
+
 
 @dataclass
 class Connection:
@@ -63,6 +74,8 @@ class Connection:
     """True between the gateway's ``degraded`` and ``recovered``: it hands over nothing, and keeps only a little."""
     listener: Listener | None = None
     """Who is told of notices, from `tell` on."""
+    throttled: int = 0
+    """Messages the gateway dropped because they were over a limit."""
     ended: trio.Event = field(default_factory=trio.Event)
     """Set when the gateway or the network has ended it."""
 
@@ -94,6 +107,13 @@ class Connection:
         except trio_websocket.ConnectionClosed as error:
             raise _lost(error) from error
 
+    async def authenticate(self, token: str) -> None:
+        """Offer a newer token; the answer goes to the listener. Raises ConnectionLost."""
+        try:
+            await self.socket.send_message(json.dumps({"type": "authenticate", "id": RENEWAL, "token": token}))
+        except trio_websocket.ConnectionClosed as error:
+            raise _lost(error) from error
+
     async def listen(self) -> None:
         """Take control messages until the connection ends; run it beside the sender. Raises BadControlMessage."""
         try:
@@ -121,6 +141,16 @@ class Connection:
                 count = _count(message)
                 if self.listener is not None:
                     self.listener.take_ack(count)
+            elif kind == "throttle":
+                dropped, retry_after_s = _count(message, "dropped"), float(message["retry_after_ms"]) / 1000
+                self.throttled += dropped
+                if self.listener is not None:
+                    self.listener.take_throttle(dropped, retry_after_s)
+            elif message.get("id") == RENEWAL and self.listener is not None:
+                if kind == "authenticated":
+                    self.listener.take_renewed(float(message["token_expires_at"]))
+                elif kind == "error":
+                    self.listener.take_not_renewed(str(message["code"]))
             elif kind == "closing":
                 self.closing = {**message, "reconnect_after_ms": float(message["reconnect_after_ms"])}
         except _MALFORMED as error:
@@ -139,9 +169,9 @@ def _control(text: str | bytes) -> dict[str, Any]:
     return message
 
 
-def _count(message: dict[str, Any]) -> int:
+def _count(message: dict[str, Any], name: str = "count") -> int:
     """A number of messages. Raises ValueError for what is none."""
-    count = message["count"]
+    count = message[name]
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f"count {count!r}")
     return count
@@ -158,6 +188,8 @@ def _welcome(text: str | bytes) -> dict[str, Any]:
                 raise TypeError(name)
         message["ping_interval_s"] = float(message["ping_interval_s"])
         message["limits"]["max_message_bytes"] = int(message["limits"]["max_message_bytes"])
+        message["limits"]["messages_per_second"] = float(message["limits"]["messages_per_second"])
+        message["token_expires_at"] = float(message["token_expires_at"])
     except _MALFORMED as error:
         raise BadControlMessage(f"not a welcome of gateway.v1: {text[:80]!r}") from error
     return message

@@ -14,14 +14,42 @@ from trio_util import AsyncValue
 
 from gateway.client.backoff import Backoff, delay_or_raise
 from gateway.client.connection import Connection, connect
+from gateway.core.limits import Bucket
 from gateway.errors import ClientError, ConfigError, ConnectionLost, leaf
 from gateway.v1.envelope_pb2 import MessageEnvelope
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+PACE_S: Final = 0.1
 MAX_UNACKED: Final = 10_000
 """Messages kept by default, sent or not, before `GatewayClient.send` waits."""
+
+
+RENEW_BEFORE_S: Final = 60.0
+RENEW_AFTER: Final = 0.9
+"""A newer token is offered so long before the old one ends, or when so much of what it had left has passed."""
+RENEW_PAUSE_S: Final = 1.0
+"""Between two attempts at least."""
+MAX_THROTTLE_S: Final = 60.0
+"""How long a throttle notice is obeyed at most: a spent budget of a day is asked about again."""
+
+
+class Pace:
+    """Keeps to a rate of messages a second; 0 is none. A tenth of a second's worth may go at once."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._bucket = Bucket(1.0, trio.current_time())
+
+    async def wait(self) -> None:
+        """Wait until another message may be sent."""
+        if not self._rate:
+            return
+        level = self._bucket.fill(self._rate, max(1.0, self._rate * PACE_S), trio.current_time())
+        self._bucket.take(1.0)
+        if level < 1.0:
+            await trio.sleep((1.0 - level) / self._rate)
 
 
 class GatewayClient:
@@ -49,6 +77,8 @@ class GatewayClient:
         self._max_message_bytes = 65_536  # until a welcome says otherwise
         self._identity_bytes = 0
         self._backoff = Backoff()
+        self._allowed_at = 0.0  # Trio's seconds
+        self._token_ends = 0.0  # seconds since the epoch
         self._work = trio.Event()
         self._unacked = AsyncValue(0)
         self._leaving = trio.Event()
@@ -56,6 +86,8 @@ class GatewayClient:
         """Messages the gateway has settled."""
         self.rejected = 0
         """Messages that became dead letters; one that is sent again may be counted again."""
+        self.throttled = 0
+        """Messages the gateway dropped because they were over a limit: they are settled, and nowhere."""
         self.resent = 0
         """Messages sent again after a connection was lost."""
         self.reconnects = 0
@@ -132,15 +164,22 @@ class GatewayClient:
             nursery.start_soon(self._send_all, connection)
             nursery.start_soon(self._until_lost, connection)
             nursery.start_soon(self._probe, connection)
+            if not isinstance(self._token, str):
+                nursery.start_soon(self._renew, connection, self._token)
             await self._leaving.wait()
             nursery.cancel_scope.cancel()
 
     async def _send_all(self, connection: Connection) -> None:
+        pace = Pace(connection.welcome["limits"]["messages_per_second"])
         while True:
             self._work = trio.Event()
             # After a closing notice nothing more is sent: what the gateway has is acked before it closes. One that is
             # degraded keeps little, and would soon not even see a ping behind what it does not read.
             while self._waiting and not connection.closing and not connection.degraded:
+                await pace.wait()
+                await self._until_allowed()
+                if connection.closing or connection.degraded:
+                    break
                 message = self._waiting[0]
                 message.user_id = connection.welcome["user_id"]
                 message.company_id = connection.welcome["company_id"]
@@ -148,6 +187,19 @@ class GatewayClient:
                 self._sent.append(self._waiting.popleft())
                 await connection.send(message.SerializeToString())
             await self._work.wait()
+
+    async def _until_allowed(self) -> None:
+        """Wait as long as a throttle notice said, if there was one."""
+        if self._allowed_at > trio.current_time():
+            await trio.sleep_until(self._allowed_at)
+
+    async def _renew(self, connection: Connection, token: Callable[[], str]) -> None:
+        """Offer a newer token before the old one ends, so that the connection need not."""
+        self._token_ends = connection.welcome["token_expires_at"]
+        while True:
+            left_s = self._token_ends - time.time()
+            await trio.sleep(max(RENEW_PAUSE_S, left_s - RENEW_BEFORE_S, left_s * RENEW_AFTER))
+            await connection.authenticate(token())
 
     async def _until_lost(self, connection: Connection) -> None:
         await connection.ended.wait()
@@ -172,6 +224,20 @@ class GatewayClient:
     def take_recovered(self) -> None:
         """The gateway hands over again."""
         self._work.set()
+
+    def take_throttle(self, dropped: int, retry_after_s: float) -> None:
+        """Messages were over a limit of this user or its company: send nothing for a while."""
+        self.throttled += dropped
+        self._allowed_at = trio.current_time() + min(retry_after_s, MAX_THROTTLE_S)
+        self._say(f"{dropped} messages dropped over a limit; again in {retry_after_s:.1f} s")
+
+    def take_renewed(self, expires_at: float) -> None:
+        """A newer token counts."""
+        self._token_ends = expires_at
+
+    def take_not_renewed(self, code: str) -> None:
+        """A newer token does not count: the old one does, until it ends."""
+        self._say(f"the newer token was refused: {code}")
 
     def take_rejected(self, count: int) -> None:
         """``count`` messages have become dead letters."""
@@ -202,7 +268,9 @@ async def open_client(
 ) -> AsyncIterator[GatewayClient]:
     """A client that sends at least once while the context lasts.
 
-    ``token`` may be a function, asked before every attempt. ``say`` is told of every lost connection. Leaving the
+    ``token`` may be a function, asked before every attempt and before the token of a connection ends. Messages are sent
+    no faster than the gateway says it takes them; where other connections of the user share that rate, some may be
+    dropped (``throttled``). ``say`` is told of every lost connection. Leaving the
     context waits until everything is acked, then closes; leaving it by an exception closes at once, and what is not
     acked may be lost. Raises HandshakeRejected for a refusal, and ConnectionLost for a close code, that another attempt
     would meet again, and ConfigError for a URL that is none; the body is cancelled then.

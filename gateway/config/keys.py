@@ -53,9 +53,29 @@ def token_rules(settings: AuthSettings, skipped: list[str] | None = None, unseen
     for algorithm in settings.algorithms if not loads.keys() & set(unseen) else ():
         if not faults and not any(key.algorithm == algorithm for key in keys):
             faults.append(f"auth.algorithms: no key for {algorithm}")
+    revoked: frozenset[str] = frozenset()
+    try:
+        if "auth.revoked_file" not in unseen:
+            revoked = _revoked(settings)
+    except ConfigError as error:
+        faults += error.faults
     if faults:
         raise ConfigError(faults)
-    return TokenRules(tuple(keys), settings.issuer, settings.audience, settings.leeway_s)
+    not_before = settings.not_before.timestamp() if settings.not_before is not None else 0.0
+    return TokenRules(tuple(keys), settings.issuer, settings.audience, settings.leeway_s, not_before, revoked)
+
+
+def _revoked(settings: AuthSettings) -> frozenset[str]:
+    """The ``jti`` of revoked tokens: one a line, empty lines and those that begin with # left out."""
+    if settings.revoked_file is None:
+        return frozenset()
+    where = f"auth.revoked_file: {settings.revoked_file}"
+    try:
+        text = read_file(where, settings.revoked_file).removeprefix(BYTE_ORDER_MARK).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{where}: not UTF-8"]) from error
+    lines = (line.strip() for line in text.splitlines())
+    return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
 def read_secret(settings: AuthSettings) -> bytes | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
 from pydantic import (
     AfterValidator,
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
@@ -141,6 +142,10 @@ class AuthSettings(Section):
     audience: str | None = None
     leeway_s: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = 5.0
     allow_query_token: bool = False
+    not_before: AwareDatetime | None = None
+    """Tokens issued before this have ended; open connections too."""
+    revoked_file: Annotated[str | None, FILE] = None
+    """The ``jti`` of tokens that have ended, one a line; open connections too."""
 
     @model_validator(mode="after")
     def _consistent(self) -> AuthSettings:

@@ -64,12 +64,22 @@ class VerifyKey:
 
 @dataclass(frozen=True, slots=True)
 class TokenRules:
-    """What a token must satisfy: ``audience`` None leaves ``aud`` unchecked, ``leeway_s`` is for clock skew."""
+    """What a token must satisfy: ``audience`` None leaves ``aud`` unchecked, ``leeway_s`` is for clock skew.
+
+    Tokens issued before ``not_before`` (seconds since the epoch) and those whose ``jti`` is in ``revoked`` have ended
+    early.
+    """
 
     keys: tuple[VerifyKey, ...]
     issuer: str
     audience: str | None = None
     leeway_s: float = 5.0
+    not_before: float = 0.0
+    revoked: frozenset[str] = frozenset()
+
+    def is_revoked(self, principal: Principal) -> bool:
+        """Whether a token that was good has been ended before its time."""
+        return principal.issued_at < self.not_before or principal.token_id in self.revoked
 
     def authenticate(self, token: str, now: float) -> Principal:
         """Verify ``token`` at ``now`` (seconds since the epoch); raises InvalidToken."""
@@ -79,7 +89,10 @@ class TokenRules:
             raise InvalidToken("not_a_jwt")
         claims = self._verify(token, _read_object(token.partition(".")[0], "bad_header", "repeated_header"))
         expires_at = self._check_claims(claims, now)
-        return _principal(claims, expires_at, now - self.leeway_s)
+        principal = _principal(claims, expires_at, now - self.leeway_s)
+        if self.is_revoked(principal):
+            raise InvalidToken("revoked")
+        return principal
 
     def _verify(self, token: str, header: dict[str, Any]) -> dict[str, Any]:
         algorithm, kid = header.get("alg"), header.get("kid")

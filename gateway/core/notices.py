@@ -1,4 +1,4 @@
-"""Control messages, server to client: their fields and their two encodings."""
+"""Control messages, server to client: their fields and their two encodings. `gateway.core.controls` has the others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import msgpack
 from gateway.core.limits import capacity
 
 if TYPE_CHECKING:
+    from gateway.core.controls import Id
     from gateway.core.limits import TierLimits
     from gateway.core.principal import Principal
 
@@ -90,6 +91,25 @@ def degraded() -> dict[str, Any]:
 def recovered() -> dict[str, Any]:
     """Reading goes on."""
     return {"type": "recovered", "reason": "kafka_unavailable"}
+
+
+def _answer(kind: str, identifier: Id | None, **fields: Any) -> dict[str, Any]:
+    return {"type": kind, **({} if identifier is None else {"id": identifier}), **fields}
+
+
+def pong(time_ms: int, identifier: Id | None) -> dict[str, Any]:
+    """The answer to ``ping``; ``time_ms`` is the gateway's clock."""
+    return _answer("pong", identifier, time=time_ms)
+
+
+def authenticated(token_expires_at: int, identifier: Id | None) -> dict[str, Any]:
+    """The answer to ``authenticate``: the newer token counts."""
+    return _answer("authenticated", identifier, token_expires_at=token_expires_at)
+
+
+def error(code: str, message: str, identifier: Id | None) -> dict[str, Any]:
+    """A control message that could not be followed, and why."""
+    return _answer("error", identifier, code=code, message=message)
 
 
 def closing(code: int, reason: str, reconnect_after_ms: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import trio
 from gateway.core import notices
 from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
+from gateway.core.controls import MAX_CONTROL_BYTES
 from gateway.core.origins import OriginRules
 from gateway.core.progress import Progress
 from gateway.core.protection import Protection
@@ -207,7 +208,7 @@ def _sessions(
         delivery=kafka.delivery,
         ack_interval_ms=settings.session.ack_interval_ms,
         reconnect_window_ms=settings.drain.reconnect_window_ms,
-        leeway_s=lambda: gatekeeper.leeway_s,
+        tokens=gatekeeper,
         trip=lambda user: bans.ban_user(user),
         protection=admission.protection,
         notify=lambda one: heartbeat.notify(one),
@@ -253,6 +254,7 @@ def connection_limits(settings: Settings) -> ConnectionLimits:
         ping_interval_s=session.ping_interval_s,
         idle_timeout_s=session.idle_timeout_s,
         close_timeout_s=session.close_timeout_s,
+        max_text_bytes=min(MAX_CONTROL_BYTES, settings.listen.max_message_bytes),
     )
 
 

@@ -97,6 +97,7 @@ class Reload:
             self.settings = config.with_live(self.settings, settings)
             for apply in applies:
                 apply()
+            await self._daemon.ws.sessions.look_at_tokens()
             self._outcomes.add("ok")
             self._say_reloaded(restart, config.copied_by_systemd(settings))
             self._on_reloaded()

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from gateway.core import catalogue
+from gateway.core.notices import CONTROL_SUBPROTOCOLS
 from gateway.errors import InvalidToken, Refused
 from gateway.ws.endpoints import Granted
 from gateway.ws.upgrade import bearer_token
@@ -46,15 +47,24 @@ class Gatekeeper:
         """How long after its expiry a token still counts."""
         return self._rules.leeway_s
 
+    def verify(self, token: str) -> Principal:
+        """Whose token this is, now. Raises InvalidToken."""
+        return self._rules.authenticate(token, time.time())
+
+    def is_revoked(self, principal: Principal) -> bool:
+        """Whether the token was ended before its time."""
+        return self._rules.is_revoked(principal)
+
     def authorise(self, asked: Asked) -> Granted:
         """Account first, then the token. Raises Refused; reads the clock, touches no socket."""
         account = _account(asked.query)
         token, subprotocol = bearer_token(asked, in_query=self._allow_query_token)
         try:
-            principal = self._rules.authenticate(token, time.time())
+            principal = self.verify(token)
         except InvalidToken as error:
             raise Refused(catalogue.INVALID_TOKEN, error.reason) from None
-        return Granted(Identity(principal, account or principal.user_id, sys.intern(asked.request.path)), subprotocol)
+        identity = Identity(principal, account or principal.user_id, sys.intern(asked.request.path))
+        return Granted(identity, subprotocol, text=subprotocol in CONTROL_SUBPROTOCOLS)
 
 
 def _account(query: Mapping[str, list[str]]) -> str | None:

@@ -22,6 +22,7 @@ from gateway.core.tenants import Over
 from gateway.core.verdict import NOT_AN_ENVELOPE, Verdict, judge
 from gateway.errors import NotAnEnvelope
 from gateway.kafka.producer import PRODUCE_ERRORS
+from gateway.router.controls import Controls
 from gateway.router.delivery import Room
 from gateway.router.talk import Talk
 from gateway.ws.handler import ENDED, OPEN
@@ -64,8 +65,7 @@ class SessionContext:
     ack_interval_ms: int
     reconnect_window_ms: int
     """``closing.reconnect_after_ms`` is drawn from 0 to this, so that clients do not all come back at once."""
-    leeway_s: Callable[[], float]
-    """How long after its expiry a token still counts, now, as at the handshake."""
+    tokens: Tokens
     trip: Callable[[User], None]
     """Called when too much of what a user sends is rejected or dropped: it is shut out (`gateway.router.sessions`)."""
     protection: Protection
@@ -76,11 +76,28 @@ class SessionContext:
     log_crash: RateLimited
 
 
+class Tokens(Protocol):
+    """Which tokens count (`gateway.router.endpoint.Gatekeeper`); asked whenever it matters, so that a reload does."""
+
+    @property
+    def leeway_s(self) -> float:
+        """How long after its expiry a token still counts, as at the handshake."""
+
+    def verify(self, token: str) -> Principal:
+        """Whose token this is. Raises InvalidToken."""
+
+    def is_revoked(self, principal: Principal) -> bool:
+        """Whether the token was ended before its time."""
+
+
 class Home(Protocol):
     """Where sessions are kept (`gateway.router.sessions`)."""
 
     def leave(self, session: Session, outcome: str) -> None:
         """The session's connection is over."""
+
+    def renewed(self, session: Session) -> None:
+        """The session has a newer token."""
 
 
 class Session:
@@ -90,6 +107,7 @@ class Session:
         "_alone",
         "_backlog",
         "_context",
+        "_controls",
         "_due_close",
         "_edition",
         "_held_bytes",
@@ -135,6 +153,7 @@ class Session:
         self._due_close: Close | None = None  # once there is a connection
         self._subprotocol = subprotocol
         self._talk: Talk | None = None
+        self._controls: Controls | None = None
         self.connection: Link | None = None
         self.connection_id = connection_id
         self.principal = principal
@@ -155,7 +174,12 @@ class Session:
             self._close(self._due_close)
 
     def received(self, messages: Sequence[Payload]) -> None:
-        """Hand over what one read brought, or keep it while that may not be; what is over a limit is dropped."""
+        """Hand over what one read brought, or keep it while that may not be; what is over a limit is dropped.
+
+        Text is control messages, which are answered at once.
+        """
+        if self._talk is not None and str in map(type, messages):
+            messages = self._take_controls(messages)
         readiness = self._context.readiness
         # hot: once a read. Counted is what came, and what is over is found by one subtraction: a clock and the limits
         # are looked at when the credit is spent (`User.grant`).
@@ -171,7 +195,7 @@ class Session:
             over = user.grant(messages, now, datetime.now(UTC))  # type: ignore[arg-type]
             if over is not None:
                 messages = messages[: count - over.dropped]
-        # The endpoint takes no text; `typing.cast` would be a call.
+        # Bytes alone are left; `typing.cast` would be a call.
         if self._backlog is not None or readiness.paused:
             self._hold(messages)  # type: ignore[arg-type]
         else:
@@ -180,10 +204,14 @@ class Session:
             self._drop_next(over)
 
     def tick(self, now: float) -> float:
-        """Close when the token has expired."""
-        remaining_s = self.principal.expires_at + self._context.leeway_s() - time.time()
-        if remaining_s <= 0 and self.connection is not None:
-            self.connection.close(catalogue.CLOSE_TOKEN_EXPIRED)
+        """Close when the token has ended."""
+        tokens = self._context.tokens
+        remaining_s = self.principal.expires_at + tokens.leeway_s - time.time()
+        if self.connection is not None:
+            if remaining_s <= 0:
+                self.connection.close(catalogue.CLOSE_TOKEN_EXPIRED)
+            elif tokens.is_revoked(self.principal):
+                self.connection.close(catalogue.CLOSE_TOKEN_REVOKED)
         return now + remaining_s
 
     def closing(self, close: Close | None, detail: str) -> None:
@@ -232,6 +260,32 @@ class Session:
         user.count(now, failed=count)
         if context.protection.trips(user, now):
             context.trip(user)
+
+    # Control messages
+
+    def _take_controls(self, messages: Sequence[Payload]) -> Sequence[Payload]:
+        """Answer the control messages among what one read brought; returns the others."""
+        assert self._talk is not None  # noqa: S101  # text is taken from nobody else
+        now = trio.current_time()
+        if self._controls is None:
+            self._controls = Controls(self, now)
+        for message in messages:
+            if isinstance(message, str) and self.connection is not None and self.connection.state == OPEN:
+                answer, close = self._controls.take(message, now)
+                self._talk.tell(answer)
+                if close is not None:
+                    self.connection.close(close)
+        return [message for message in messages if not isinstance(message, str)]
+
+    @property
+    def tokens(self) -> Tokens:
+        """Which tokens count."""
+        return self._context.tokens
+
+    def renew(self, principal: Principal) -> None:
+        """A newer token of the same user counts from now on."""
+        self.principal = principal
+        self._home.renewed(self)
 
     # Judging
 

@@ -11,6 +11,7 @@ import trio
 from gateway.core import catalogue
 from gateway.registry.memory import MemoryRegistry
 from gateway.router.session import Session
+from gateway.ws.handler import OPEN
 from gateway.ws.roster import Roster
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ NOTICE_S: Final = 0.3
 SETTLE_S: Final = 2.0
 """How long a drain waits for Kafka's answers before it closes: what is answered by then is acked and not sent again."""
 SETTLE_POLL_S: Final = 0.02
+LOOKED_AT: Final = 1000
+"""Sessions whose tokens are looked at in one go: about a millisecond."""
 
 OUTCOMES: Final = ("peer_closed", "peer_lost", "stalled_peer", "cancelled", *catalogue.close_names())
 """Label values: how a connection can end."""
@@ -101,6 +104,23 @@ class Sessions:
         self._registry.release(session.user, session)
         self._closed.add(outcome)
         self.roster.discard(session)
+
+    def renewed(self, session: Session) -> None:
+        """A session has a newer token, which may say that its company has another tier."""
+        for holder in self._tenants.learn_tier(session.principal, trio.current_time()):
+            holder.revoke(catalogue.CLOSE_REPLACED)
+
+    async def look_at_tokens(self) -> None:
+        """Close those whose tokens have been ended early; others run between slices of them."""
+        for sessions in self.slices(max(1, len(self) // LOOKED_AT)):
+            now = trio.current_time()
+            for session in sessions:
+                if session.connection is not None and session.connection.state == OPEN:
+                    try:
+                        session.connection.tick(now)
+                    except Exception as error:  # the barrier around each connection
+                        session.crash(error)
+            await trio.lowlevel.checkpoint()
 
     def close_banned(self, user: User) -> None:
         """Close all connections of a user that was shut out."""

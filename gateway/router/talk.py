@@ -60,7 +60,8 @@ class Talk:
         self._announced = False
         self._degraded = False
 
-    def _tell(self, message: dict[str, object]) -> None:
+    def tell(self, message: dict[str, object]) -> None:
+        """Say one thing at once."""
         encoded = notices.encode(message, self._subprotocol)
         if isinstance(encoded, str):
             self._connection.send(frames.encode(frames.TEXT, encoded.encode()))
@@ -70,7 +71,7 @@ class Talk:
     def send_welcome(self, connection_id: str, principal: Principal, user: User, ack_interval_ms: int) -> None:
         """Say who the client is and what holds for it."""
         limits = self._connection.limits
-        self._tell(
+        self.tell(
             notices.welcome(
                 connection_id=connection_id,
                 principal=principal,
@@ -104,12 +105,12 @@ class Talk:
         sent once in `THROTTLE_S` at most. ``now`` is in Trio's seconds; without it nothing waits."""
         rejections, self._rejections = self._rejections, None
         for reason, (count, last) in (rejections or {}).items():
-            self._tell(notices.rejected(count, reason, last))
+            self.tell(notices.rejected(count, reason, last))
         waits = self._throttles is not None and not self._send_throttles(self._throttles, now)
         acks = self._acks
         if acks.settled > acks.told:
             acks.tell()
-            self._tell(notices.ack(acks.settled))
+            self.tell(notices.ack(acks.settled))
         return waits
 
     def _send_throttles(self, throttles: Throttles, now: float) -> bool:
@@ -119,7 +120,7 @@ class Talk:
         if now < throttles.told_at + THROTTLE_S:
             return False
         for scope, (count, last) in throttles.take(now).items():
-            self._tell(notices.throttle(count, scope, last.messages_per_second, last.retry_after_ms))
+            self.tell(notices.throttle(count, scope, last.messages_per_second, last.retry_after_ms))
         return True
 
     def is_unsettled(self, received: int) -> bool:
@@ -130,11 +131,11 @@ class Talk:
         """Say once that reading has stopped, and once that it goes on."""
         if degraded != self._degraded:
             self._degraded = degraded
-            self._tell(notices.degraded() if degraded else notices.recovered())
+            self.tell(notices.degraded() if degraded else notices.recovered())
 
     def announce(self, close: Close, reason: str, reconnect_window_ms: int) -> None:
         """Say once that the connection is about to be closed, and when to come back if that may help."""
         if not self._announced:
             self._announced = True
             window_ms = reconnect_window_ms if close.advice.reconnects else 0
-            self._tell(notices.closing(close.code, reason, random.randint(0, window_ms)))  # noqa: S311  # jitter
+            self.tell(notices.closing(close.code, reason, random.randint(0, window_ms)))  # noqa: S311  # jitter

@@ -99,7 +99,12 @@ class Connection:
         self._readiness = readiness
         self._limits = limits
         self._handler = handler
-        self._decoder = Decoder(limits.max_message_bytes, max_fragments=limits.max_fragments, accept_text=accept_text)
+        self._decoder = Decoder(
+            limits.max_message_bytes,
+            max_fragments=limits.max_fragments,
+            accept_text=accept_text,
+            max_text_bytes=limits.max_text_bytes,
+        )
         self._least_read_bytes = READ_BYTES if isinstance(sock, ssl.SSLSocket) else SMALL_READ_BYTES
         self._read_bytes = self._least_read_bytes
         self._outbox: Outbox | None = None

@@ -7,7 +7,7 @@ else. A path template is literal segments and ``{name}``s; a name takes one segm
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from gateway.core import catalogue
@@ -71,6 +71,8 @@ class Granted:
 
     identity: Any
     subprotocol: str | None = None
+    text: bool = False
+    """Whether text messages are taken beside binary ones; else one closes with 1003."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,6 @@ class Endpoint:
     open: Callable[[Granted], Awaitable[Handler]]
     subprotocols: tuple[str, ...] = ()
     """Those that are answered, whichever the client offers first."""
-    text: bool = field(default=False, kw_only=True)
-    """Whether text messages are taken beside binary ones; else one closes with 1003."""
 
 
 class Endpoints:

@@ -116,14 +116,16 @@ def _take_alike(data: bytes, head: bytes, pos: int, step: int, items: list[Item]
 class Decoder:
     """Cuts one client's byte stream into messages and control events.
 
-    ``max_message_bytes`` bounds a message, whole or joined from at most ``max_fragments`` fragments. With
-    ``accept_text`` false a text frame fails the connection with 1003 as soon as its head has arrived.
+    ``max_message_bytes`` bounds a message, whole or joined from at most ``max_fragments`` fragments, and
+    ``max_text_bytes`` one of text. With ``accept_text`` false a text frame fails the connection with 1003 as soon as
+    its head has arrived.
     """
 
     __slots__ = (
         "_kind",
         "_max",
         "_max_fragments",
+        "_max_text",
         "_need",
         "_parts",
         "_pending",
@@ -135,9 +137,15 @@ class Decoder:
     )
 
     def __init__(
-        self, max_message_bytes: int, *, max_fragments: int = MAX_FRAGMENTS, accept_text: bool = False
+        self,
+        max_message_bytes: int,
+        *,
+        max_fragments: int = MAX_FRAGMENTS,
+        accept_text: bool = False,
+        max_text_bytes: int | None = None,
     ) -> None:
         self._max = max_message_bytes
+        self._max_text = max_message_bytes if max_text_bytes is None else max_text_bytes
         self._max_fragments = max_fragments
         self._text = accept_text
         self._pending: bytearray | None = None
@@ -245,8 +253,9 @@ class Decoder:
             raise _protocol_error("new message inside a fragmented one")
         elif opcode == TEXT and not self._text:
             raise _Violation(catalogue.CLOSE_TEXT, "text frame")
-        if self._size + length > self._max:
-            raise _Violation(catalogue.CLOSE_TOO_BIG, f"message over {self._max} bytes")
+        limit = self._max_text if opcode == TEXT or self._kind == TEXT else self._max
+        if self._size + length > limit:
+            raise _Violation(catalogue.CLOSE_TOO_BIG, f"message over {limit} bytes")
         if self._parts is not None and len(self._parts) >= self._max_fragments:
             raise _Violation(catalogue.CLOSE_TOO_BIG, f"more than {self._max_fragments} fragments")
 

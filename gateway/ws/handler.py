@@ -46,6 +46,8 @@ class ConnectionLimits:
     close_timeout_s: float
     """How long the peer may take for its part of the close, and again for its end of file."""
     max_fragments: int = frames.MAX_FRAGMENTS
+    max_text_bytes: int | None = None
+    """Of a text message, where they are taken; None is ``max_message_bytes``."""
     when_full: Full = Full.END
     """What becomes of a frame beyond ``max_unsent_bytes``."""
 

@@ -250,7 +250,7 @@ class Listener:
 
     def _connect(self, sock: socket.socket, accepted: Accepted, handler: Handler) -> Connection:
         endpoint = accepted.endpoint
-        return Connection(sock, self._readiness, endpoint.limits, handler, accept_text=endpoint.text)
+        return Connection(sock, self._readiness, endpoint.limits, handler, accept_text=accepted.granted.text)
 
     async def _enter(self, sock: socket.socket, address: str) -> tuple[Connection, bytes] | None:
         """Do the handshake under its one deadline; None when the connection is over."""

@@ -20,7 +20,7 @@ from gateway.ws.connection import Connection
 from gateway.ws.handler import ENDED, Handler
 from gateway.ws.readiness import Readiness
 from tests.echo import LIMITS, Echo
-from tests.router.stand_ins import PROTECTION, nobody_trips, user_of
+from tests.router.stand_ins import PROTECTION, AnyToken, nobody_trips, user_of
 from tests.router.test_session import ScriptedDelivery
 
 MESSAGES = ("opened", "received", "tick", "closing", "crashed", "ended")
@@ -30,6 +30,9 @@ class Nowhere:
     def leave(self, session: Session, outcome: str) -> None:
         """Nobody counts."""
 
+    def renewed(self, session: Session) -> None:
+        """Nobody is told."""
+
 
 def session(readiness: Readiness) -> Session:
     quiet = RateLimited(lambda *_, **__: None, trio.current_time)
@@ -38,7 +41,7 @@ def session(readiness: Readiness) -> Session:
         delivery=ScriptedDelivery(),  # type: ignore[arg-type]  # a stand-in
         ack_interval_ms=200,
         reconnect_window_ms=1000,
-        leeway_s=lambda: 0.0,
+        tokens=AnyToken(),
         trip=nobody_trips,
         protection=PROTECTION,
         notify=lambda one: one.send_notices(),

@@ -29,6 +29,18 @@ def nobody_trips(user: User) -> None:
 PROTECTION = Protection()
 
 
+class AnyToken:
+    """Every token is Alice's, and none is revoked."""
+
+    leeway_s = 0.0
+
+    def verify(self, token: str) -> Principal:
+        return ALICE
+
+    def is_revoked(self, principal: Principal) -> bool:
+        return False
+
+
 class Sender:
     connection_id = "c-9"
     principal = Principal("alice", "acme", "pro", 0.0)

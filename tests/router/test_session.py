@@ -28,7 +28,7 @@ from gateway.ws.connection import Connection
 from gateway.ws.handler import ConnectionLimits
 from gateway.ws.outbox import Outbox
 from gateway.ws.readiness import Readiness
-from tests.router.stand_ins import user_of
+from tests.router.stand_ins import AnyToken, user_of
 
 LIMITS = ConnectionLimits(
     max_message_bytes=65_536,
@@ -119,6 +119,9 @@ class World:
     def leave(self, session: Session, outcome: str) -> None:
         self.outcomes.append(outcome)
 
+    def renewed(self, session: Session) -> None:
+        """Nobody is told."""
+
 
 @asynccontextmanager
 async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
@@ -133,7 +136,7 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
         ack_interval_ms=200,
         reconnect_window_ms=1000,
         notify=lambda session: session.send_notices(),
-        leeway_s=lambda: 0.0,
+        tokens=AnyToken(),
         trip=lambda user: made[0].trips.append(user),
         protection=Protection(),
         log_rejected=RateLimited(lambda event, **fields: made[0].lines.append(fields), trio.current_time),
@@ -143,6 +146,9 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
     class Home:
         def leave(self, session: Session, outcome: str) -> None:
             made[0].leave(session, outcome)
+
+        def renewed(self, session: Session) -> None:
+            """Nobody is told."""
 
     session = Session(
         context,

@@ -28,7 +28,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.testing.producer import FakeProducer
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.ws.readiness import Readiness
-from tests.router.stand_ins import ALICE, nobody_trips, user_of
+from tests.router.stand_ins import ALICE, AnyToken, nobody_trips, user_of
 
 PARTITION = ("tick-data", partition_of(b"alice", 4))
 
@@ -64,7 +64,7 @@ class Way:
             delivery=self.delivery,
             ack_interval_ms=200,
             reconnect_window_ms=0,
-            leeway_s=lambda: 0.0,
+            tokens=AnyToken(),
             trip=nobody_trips,
             protection=Protection(),
             notify=lambda session: None,
@@ -84,6 +84,9 @@ class Way:
 
     def leave(self, session: Session, outcome: str) -> None:
         """Nobody counts."""
+
+    def renewed(self, session: Session) -> None:
+        """Nobody is told."""
 
     def park(self, count: int) -> None:
         """``count`` messages are under way when their partition turns out to take nothing: as `KafkaProducer.run`."""

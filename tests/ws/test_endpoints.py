@@ -51,7 +51,7 @@ def test_template_that_makes_no_sense_is_refused(template: str) -> None:
 
 
 def endpoint(name: str, template: str) -> Endpoint:
-    return Endpoint(name, PathTemplate(template), LIMITS, OriginRules(), lambda _: Granted(None), open_echo, text=True)
+    return Endpoint(name, PathTemplate(template), LIMITS, OriginRules(), lambda _: Granted(None), open_echo)
 
 
 def test_first_endpoint_of_a_path_serves_it_and_other_paths_are_not_found() -> None:

@@ -78,7 +78,7 @@ async def serving(
         made[0].asked.append((token, subprotocol))
         if token == "bad":
             raise Refused(catalogue.INVALID_TOKEN, "bad")
-        return Granted(asked.parameters["room"], subprotocol)
+        return Granted(asked.parameters["room"], subprotocol, text=True)
 
     async def open_echo(granted: Granted) -> Echo:
         made[0].handlers.append(Echo())
@@ -92,7 +92,6 @@ async def serving(
         authorise=authorise,
         open=open_echo,
         subprotocols=("one", "two"),
-        text=True,
     )
     sockets = open_listening_sockets("listen", "127.0.0.1", 0, backlog=16)
     listener = Listener(
