@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -150,7 +150,13 @@ def gateway(kafka: str, cores: Cores, options: argparse.Namespace) -> Daemon:
     return Daemon(kafka, settings=settings, cpus=cores.gateway)
 
 
-def run_once(server: Server, cores: Cores, options: argparse.Namespace, warmup_s: float) -> dict[str, Any]:
+Disturb = Callable[[Server], contextlib.AbstractContextManager[object]]
+"""Something that goes on beside the measured load."""
+
+
+def run_once(
+    server: Server, cores: Cores, options: argparse.Namespace, warmup_s: float, disturb: Disturb | None = None
+) -> dict[str, Any]:
     """One measurement: a fresh server, fresh clients, everything drained and accounted for.
 
     Rates are counted by the records that Kafka has. A saturated load is consumed afterwards, so that the consumer takes
@@ -192,6 +198,8 @@ def run_once(server: Server, cores: Cores, options: argparse.Namespace, warmup_s
         rss_per_connection = (daemon.rss_bytes() - rss_before) / options.clients
         order = {"do": "saturated"} if options.saturated else {"do": "paced", "rate": options.rate}
         warm = sender.ask({**order, "seconds": warmup_s})
+        if disturb is not None:
+            stack.enter_context(disturb(daemon))
         until = time.monotonic_ns() + int(options.seconds * 1e9)
         consumer.ask({"do": "mark", "until": until})
         stored_before, cpu_before, began = ends.total(), daemon.cpu_s(), time.monotonic()

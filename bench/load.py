@@ -44,12 +44,12 @@ SLOW_TICK_S: Final = 0.02
 SLOW_PER_S: Final = 1000
 
 
-def envelope(user: str, company: str, size: int) -> tuple[bytes, int]:
+def envelope(user: str, company: str, size: int, message_type: str = "tick_data") -> tuple[bytes, int]:
     """A serialised envelope of about ``size`` bytes and where its stamp goes."""
     padding = 0
     while True:
         message = MessageEnvelope(
-            message_type="tick_data",
+            message_type=message_type,
             user_id=user,
             company_id=company,
             payload=MARK + bytes(padding),
@@ -211,8 +211,9 @@ class Client:
 
     __slots__ = ("buffer", "frame", "index", "number", "offsets", "sock", "waiting")
 
-    def __init__(self, sock: socket.socket, index: int, user: str, company: str, size: int, batch: int) -> None:
-        payload, at = envelope(user, company, size)
+    def __init__(self, sock: socket.socket, index: int, user: str, task: dict[str, Any]) -> None:
+        batch = task["batch"]
+        payload, at = envelope(user, task["company"], task["size"], task.get("message_type", "tick_data"))
         one = frame(payload)
         first = len(one) - len(payload) + at
         self.sock = sock
@@ -363,7 +364,7 @@ def send_main() -> None:
     else:
         opened = open_all(task["url"], tokens, at_once=task.get("at_once", 64), source=task.get("source"))
     clients = [
-        Client(sock, task.get("first_client", 0) + position, user, task["company"], task["size"], task["batch"])
+        Client(sock, task.get("first_client", 0) + position, user, task)
         for position, (sock, (user, _)) in enumerate(zip(opened.sockets, task["clients"], strict=True))
     ]
     load = Load(clients)

@@ -193,6 +193,10 @@ async def _live(
         # What has been imported and built stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        # A full collection looks at every connection, some 4 µs each: with the usual threshold there is one whenever a
+        # quarter more have come, and a storm of them holds up everybody (bench/neighbours.py). What ends leaves no
+        # cycle behind, and what does by accident is young.
+        gc.set_threshold(700, 10, 1000)
         lost = 0
         async with trio.open_nursery() as nursery:
 

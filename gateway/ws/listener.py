@@ -19,6 +19,7 @@ from gateway.errors import Disconnected, Refused, TlsFailed
 from gateway.ws import tls
 from gateway.ws.connection import Connection, half_close_and_drain
 from gateway.ws.outbox import BLOCKED
+from gateway.ws.turnstile import Turnstile
 from gateway.ws.upgrade import acceptance, read_request, refusal_answer, write_all
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 # long: one connection from accept to its own task
 
-ACCEPTS_PER_TURN: Final = 64
-"""Connections accepted before other tasks run."""
+ACCEPTS_PER_TURN: Final = 4
+"""Connections accepted before other tasks run: a storm waits in the backlog, and does not hold up what is open."""
 OVERFLOW: Final = 256
 """Sockets beyond the connection cap that are still heard, so that they get their 503; more are closed unheard. It is
 more than one address may have pending by default: silent sockets of one address leave places for the others."""
@@ -88,6 +89,7 @@ class Listener:
         self._handshakes = metrics.labelled("gateway_handshakes", "Handshakes.", "outcome", HANDSHAKE_OUTCOMES)
         self._log_refused = log_refused
         self._log_crash = log_crash
+        self._turnstile = Turnstile()
         self._open = 0
         self._max_pending = max_pending_per_address
         self._pending: dict[str, int] = {}
@@ -123,10 +125,14 @@ class Listener:
             await self._quiet.wait()
 
     async def run(self, nursery: trio.Nursery) -> None:
-        """Accept until cancelled or closed; each connection becomes a task of ``nursery``."""
-        async with trio.open_nursery() as loops:
-            for sock in self._sockets:
-                loops.start_soon(self._run_one, sock, nursery)
+        """Accept until closed, each connection becomes a task of ``nursery``; let handshakes go on until cancelled."""
+        try:
+            async with trio.open_nursery() as loops:
+                loops.start_soon(self._turnstile.run)
+                for sock in self._sockets:
+                    loops.start_soon(self._run_one, sock, nursery)
+        finally:
+            self._turnstile.close()
 
     async def _run_one(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         while sock in self._sockets:
@@ -260,9 +266,9 @@ class Listener:
         try:
             with trio.move_on_after(self._timeout_s) as deadline:
                 if isinstance(sock, ssl.SSLSocket):
-                    await tls.handshake(sock)
+                    await tls.handshake(sock, self._turnstile)
                     secured = True
-                request = await read_request(sock, buffer)
+                request = await read_request(sock, buffer, self._turnstile)
                 accepted = self._upgrade.decide(request)
                 handler = await accepted.endpoint.open(accepted.granted)
                 try:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import socket
 import ssl
+from typing import TYPE_CHECKING
 
 import trio
 
 from gateway.errors import TlsFailed
+
+if TYPE_CHECKING:
+    from gateway.ws.turnstile import Turnstile
 
 
 def wrap(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
@@ -24,17 +28,17 @@ def reason(error: OSError) -> str:
     return getattr(error, "reason", None) or error.strerror or type(error).__name__
 
 
-async def handshake(sock: ssl.SSLSocket) -> None:
-    """Handshake without blocking. Raises TlsFailed; the caller's deadline bounds it."""
+async def handshake(sock: ssl.SSLSocket, turnstile: Turnstile) -> None:
+    """Handshake without blocking, a step when it is its turn. Raises TlsFailed; the caller's deadline bounds it."""
     said = False
     try:
-        await trio.lowlevel.wait_readable(sock.fileno())
+        await turnstile.wait_readable(sock)
         said = bool(socket.socket.recv(sock, 1, socket.MSG_PEEK))  # the client speaks first
         while True:
             try:
                 sock.do_handshake()
             except ssl.SSLWantReadError:
-                await trio.lowlevel.wait_readable(sock.fileno())
+                await turnstile.wait_readable(sock)
             except ssl.SSLWantWriteError:
                 await trio.lowlevel.wait_writable(sock.fileno())
             else:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gateway.core.catalogue import Refusal
     from gateway.ws.endpoints import Endpoint, Endpoints, Granted
     from gateway.ws.request import Request
+    from gateway.ws.turnstile import Turnstile
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 BEARER: Final = "bearer"
@@ -140,8 +141,8 @@ def _query(query: str) -> Mapping[str, list[str]]:
     return values
 
 
-async def read_request(sock: socket.socket, buffer: bytearray) -> Request:
-    """Read the head from a non-blocking socket; leave in ``buffer`` what came after it.
+async def read_request(sock: socket.socket, buffer: bytearray, turnstile: Turnstile) -> Request:
+    """Read the head from a non-blocking socket when it is its turn; leave in ``buffer`` what came after it.
 
     Raises Refused, Disconnected or OSError. The caller's deadline bounds it; cancelled, it has taken nothing
     that matters.
@@ -151,7 +152,7 @@ async def read_request(sock: socket.socket, buffer: bytearray) -> Request:
         try:
             data = sock.recv(READ_BYTES)  # a whole TLS record: see READ_BYTES
         except BLOCKED:
-            await trio.lowlevel.wait_readable(sock.fileno())
+            await turnstile.wait_readable(sock)
             continue
         if not data:
             raise Disconnected
