@@ -370,3 +370,22 @@ def test_storm_on_a_full_company_never_lets_one_too_many_in_and_gives_all_places
             admitted = sum(client.read_response().status == 101 for client in clients)
             assert admitted == 5
         wait_until(lambda: json.loads(daemon.get("/health")[1])["connections"] == 0)
+
+
+# Overload
+
+
+def test_newcomers_are_refused_near_the_memory_budget_and_who_is_there_goes_on(start_daemon: Start) -> None:
+    daemon = start_daemon()
+    with ExitStack() as stack:
+        client, _ = connect(stack, daemon, daemon.token())
+        daemon.reconfigure(**{"memory.budget_bytes": 10_000_000})
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: daemon.get("/health/ready")[0] == 503)
+        assert "short_of_memory" in daemon.get("/health/ready")[1]
+        assert refusal(daemon, daemon.token("bob")) == (503, "overloaded", "10")
+        client.send_binary(envelope())
+        assert client.read_control("ack")["count"] == 1
+        daemon.reconfigure(**{"memory.budget_bytes": 10_000_000_000})
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: refusal(daemon, daemon.token("bob"))[0] == 101)

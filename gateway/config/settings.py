@@ -333,6 +333,14 @@ class SpoolSettings(Section):
     max_bytes: Annotated[int, Field(ge=65_536, le=1 << 40)] = 1024 * 1024 * 1024
 
 
+class MemorySettings(Section):
+    """How much memory the process may use, about; 0 is no budget."""
+
+    live: ClassVar = True
+
+    budget_bytes: Annotated[int, Field(ge=0, le=1 << 44)] = 0
+
+
 class DrainSettings(Section):
     """How long a shutdown takes at most: ``timeout_s`` for all of it, and for each part within that.
 
@@ -387,6 +395,7 @@ class Settings(BaseSettings):
     sidecar: SidecarSettings = SidecarSettings()
     log: LogSettings = LogSettings()
     drain: DrainSettings = DrainSettings()
+    memory: MemorySettings = MemorySettings()
     spool: SpoolSettings = SpoolSettings()
 
     @model_validator(mode="after")

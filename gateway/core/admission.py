@@ -72,6 +72,7 @@ class Admission:
         self._by_address: dict[str, int] = {}
         self.protection = Protection() if protection is None else protection
         self.connections = 0
+        self._shed: Refusal | None = None
         self.closed: Refusal | None = catalogue.STARTING
 
     def open(self) -> None:
@@ -81,6 +82,10 @@ class Admission:
     def close(self, refusal: Refusal) -> None:
         """Let nobody in any more, with ``refusal`` for an answer."""
         self.closed = refusal
+
+    def shed(self, refusal: Refusal | None) -> None:
+        """Let nobody in for the time being, with ``refusal`` for an answer; None ends that."""
+        self._shed = refusal
 
     def knock(self, address: str, now: float) -> None:
         """Raise Refused unless ``address`` (as `network` gives it) may try now, before anything is read or encrypted.
@@ -108,6 +113,8 @@ class Admission:
         """Raise Refused unless somebody may come in now; asked before the token is looked at."""
         if self.closed is not None:
             raise Refused(self.closed)
+        if self._shed is not None:
+            raise Refused(self._shed)
         if self.connections >= self._max:
             raise Refused(catalogue.AT_CAPACITY)
 

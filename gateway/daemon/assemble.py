@@ -27,6 +27,7 @@ from gateway.core.protection import Protection
 from gateway.daemon.announce import Addresses
 from gateway.daemon.flow import Flow
 from gateway.daemon.lifecycle import Lifecycle
+from gateway.daemon.memory import MemoryGuard
 from gateway.kafka.producer import KafkaProducer
 from gateway.ops import serve
 from gateway.ops.status import Status
@@ -132,6 +133,7 @@ class WebSocketSide:
     sessions: Sessions
     heartbeat: Heartbeat
     listener: Listener
+    memory: MemoryGuard
 
 
 @contextmanager
@@ -176,7 +178,8 @@ def websocket_side(
             log_refused=limited(log.info),
             log_crash=limited(log.error),
         )
-        yield WebSocketSide(admission, gatekeeper, readiness, sessions, heartbeat, listener)
+        memory = MemoryGuard(settings.memory.budget_bytes, admission, sessions, log)
+        yield WebSocketSide(admission, gatekeeper, readiness, sessions, heartbeat, listener, memory)
     finally:
         for sock in sockets:
             sock.close()
@@ -342,6 +345,7 @@ def _status(
         books=kafka.books,
         sessions=ws.sessions,
         holds=lambda: flow.names,
+        short_of_memory=lambda: ws.memory.short,
         spool=kafka.delivery.spool,
         replay=kafka.replay,
         spool_directory=settings.spool.directory,

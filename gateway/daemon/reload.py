@@ -57,6 +57,7 @@ class Reload:
         self.subscribe("log", self._prepare_log)
         self.subscribe("tiers", self._prepare_tiers)
         self.subscribe("breaker", self._prepare_breaker)
+        self.subscribe("memory", self._prepare_memory)
 
     @property
     def sections(self) -> frozenset[str]:
@@ -159,6 +160,9 @@ class Reload:
     async def _prepare_breaker(self, settings: Settings) -> Apply:
         protection = self._daemon.ws.admission.protection
         return lambda: protection.use_rules(settings.breaker.rules, settings.breaker.exempt)
+
+    async def _prepare_memory(self, settings: Settings) -> Apply:
+        return lambda: self._daemon.ws.memory.use_budget(settings.memory.budget_bytes)
 
     async def _prepare_log(self, settings: Settings) -> Apply:
         return lambda: self._log.set_level(settings.log.level)

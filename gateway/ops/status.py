@@ -55,6 +55,7 @@ class Status:
     sessions: Sized
     holds: Callable[[], tuple[str, ...]]
     """Why nothing is handed over at the moment (`gateway.core.holds`)."""
+    short_of_memory: Callable[[], bool]
     spool: SpoolWriter | None
     replay: Replay | None
     spool_directory: str | None
@@ -85,6 +86,8 @@ class Status:
             reasons.append("kafka_producer_replaced")
         reasons += [f"kafka_stalled: no partition of {topic} takes records" for topic in cluster.unwritable_topics]
         reasons += self.progress.reasons
+        if self.short_of_memory():
+            reasons.append("short_of_memory")
         if PRODUCER_FULL in self.holds():
             reasons.append("producer_queue_full")
         return reasons

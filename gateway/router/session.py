@@ -462,7 +462,26 @@ class Session:
     def _forget_backlog(self) -> None:
         self._note_held(-self._held_bytes)
         self._backlog = None
+        self.resume_reading()
+
+    @property
+    def is_open(self) -> bool:
+        """Its connection is open."""
+        return self.connection is not None and self.connection.state == OPEN
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds in memory, about: what is not handed over, and what its peer has not taken."""
+        return self._held_bytes + (self.connection.unsent_bytes if self.connection is not None else 0)
+
+    def pause_reading(self) -> None:
+        """Read no more until `resume_reading`, or until what it holds has been handed over."""
         if self.connection is not None:
+            self.connection.want_read(False)
+
+    def resume_reading(self) -> None:
+        """Read again, if what it holds allows that."""
+        if self.connection is not None and self._context.readiness.may_hold(self._held_bytes):
             self.connection.want_read(True)
 
     def crash(self, error: Exception) -> None:
@@ -525,8 +544,7 @@ class Session:
     @property
     def unsettled(self) -> bool:
         """Open, with messages that are not settled yet."""
-        open_now = self.connection is not None and self.connection.state == OPEN
-        return open_now and self._talk is not None and self._talk.is_unsettled(self.received_messages)
+        return self.is_open and self._talk is not None and self._talk.is_unsettled(self.received_messages)
 
     def send_notices(self) -> None:
         """Send what has gathered for the client since the last time."""

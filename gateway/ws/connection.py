@@ -120,6 +120,11 @@ class Connection:
         """Its bounds."""
         return self._limits
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What the peer has not taken yet."""
+        return 0 if self._outbox is None else self._outbox.size_bytes
+
     def want_read(self, wanted: bool) -> None:
         """Say whether the peer is to be read."""
         self._readiness.want_read(self, wanted)

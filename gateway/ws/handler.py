@@ -67,6 +67,10 @@ class Link(Protocol):
     def due(self) -> float:
         """When it wants to be looked after (`tick`), in Trio's seconds."""
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What the peer has not taken yet."""
+
     def tick(self, now: float) -> None:
         """Do what is due at ``now``."""
 

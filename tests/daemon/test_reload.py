@@ -43,6 +43,9 @@ def settings(**flags: Any) -> Settings:
 def make(load: Callable[[], Settings]) -> tuple[Reload, Log, Metrics, list[str]]:
     log, metrics, told = Log(), Metrics(), list[str]()
 
+    async def look_at_tokens() -> None:
+        """There are no sessions."""
+
     def use_tiers(tiers: object, now: float) -> list[Any]:
         told.append("tiers")
         return []
@@ -60,6 +63,8 @@ def make(load: Callable[[], Settings]) -> tuple[Reload, Log, Metrics, list[str]]
         ws=SimpleNamespace(
             gatekeeper=SimpleNamespace(use_rules=lambda rules, **_: told.append("auth")),
             listener=SimpleNamespace(use_tls=lambda context: told.append("tls")),
+            memory=SimpleNamespace(use_budget=lambda budget: told.append("memory")),
+            sessions=SimpleNamespace(look_at_tokens=look_at_tokens),
             admission=SimpleNamespace(protection=SimpleNamespace(use_rules=lambda *_: told.append("breaker"))),
         ),
     )
@@ -77,7 +82,7 @@ def test_every_section_with_live_settings_has_somebody_who_takes_it() -> None:
 async def test_what_is_live_is_taken_and_the_rest_named() -> None:
     reload, log, metrics, told = make(lambda: settings(log__level="debug", log__format="console", listen__port=1))
     await reload.reload()
-    assert (log.level, told) == ("debug", ["auth", "tls", "tiers", "breaker", "reloaded"])
+    assert (log.level, told) == ("debug", ["auth", "tls", "tiers", "breaker", "memory", "reloaded"])
     assert log.lines == [("reloaded", {"needs_restart": ["listen.port", "log.format"]})]
     assert (reload.settings.log.level, reload.settings.log.format, reload.settings.listen.port) == (
         "debug",
