@@ -28,6 +28,7 @@ from gateway.core.tenants import Tenants
 from gateway.kafka.producer import KafkaProducer
 from gateway.router.delivery import Delivery
 from gateway.router.endpoint import Gatekeeper
+from gateway.router.inspection import Inspection
 from gateway.router.session import Session, SessionContext
 from gateway.telemetry.logging import Log, RateLimited
 from gateway.telemetry.metrics import Metrics
@@ -117,6 +118,7 @@ def session_steps(
         SessionContext(
             readiness=readiness,
             delivery=delivery,
+            inspection=Inspection(Metrics()),
             ack_interval_ms=200,
             reconnect_window_ms=0,
             tokens=Gatekeeper(TokenRules((), ""), allow_query_token=False),

@@ -13,6 +13,7 @@ from typing import Any
 from gateway.testing.daemon import Daemon
 from gateway.testing.rawclient import RawClient
 from gateway.v1.envelope_pb2 import MessageEnvelope
+from gateway.v1.ticks_pb2 import BatchTickData, Tick
 
 JSON = "gateway.v1.json"
 Start = Callable[..., Daemon]
@@ -389,3 +390,37 @@ def test_newcomers_are_refused_near_the_memory_budget_and_who_is_there_goes_on(s
         daemon.reconfigure(**{"memory.budget_bytes": 10_000_000_000})
         daemon.signal(signal.SIGHUP)
         wait_until(lambda: refusal(daemon, daemon.token("bob"))[0] == 101)
+
+
+# Pairs
+
+
+def ticks(*symbols: str) -> bytes:
+    batch = BatchTickData(ticks=[Tick(symbol=symbol, bid=1.0) for symbol in symbols])
+    return envelope(batch.SerializeToString())
+
+
+def test_more_pairs_than_the_tier_allows_are_told_and_nothing_is_dropped(start_daemon: Start) -> None:
+    daemon = start_daemon(settings={"tiers.pro.pairs": 3, "monitoring.inspect_ticks": True})
+    with ExitStack() as stack:
+        client, _ = connect(stack, daemon, daemon.token())
+        client.send_binary(ticks("EURUSD", "XAUUSD", "EURUSD"))
+        client.send_binary(b"\xff")
+        client.send_binary(envelope(b"\xff\xff no ticks"))
+        assert "throttle" not in {message["type"] for message in controls(client, 3)}
+        time.sleep(1.1)
+        client.send_binary(ticks("GBPUSD", "USDJPY"))
+        throttle = client.read_control("throttle")
+        assert (throttle["scope"], throttle["dropped"]) == ("pairs", 0)
+        assert metric(daemon, "gateway_pairs_over_limit_total") >= 1
+    assert daemon.settled_books()["dropped"] == 0
+
+
+def test_nobody_looks_into_ticks_unless_that_is_wanted(start_daemon: Start) -> None:
+    daemon = start_daemon(settings={"tiers.pro.pairs": 1})
+    with ExitStack() as stack:
+        client, _ = connect(stack, daemon, daemon.token())
+        for _ in range(3):
+            client.send_binary(ticks("EURUSD", "XAUUSD"))
+            time.sleep(0.5)
+        assert "throttle" not in {message["type"] for message in controls(client, 3)}

@@ -333,6 +333,15 @@ class SpoolSettings(Section):
     max_bytes: Annotated[int, Field(ge=65_536, le=1 << 40)] = 1024 * 1024 * 1024
 
 
+class MonitoringSettings(Section):
+    """What the gateway looks into beside headers. ``inspect_ticks``: one ``tick_data`` message a second of each
+    connection, for the limit of pairs; a connection that is open already is not looked into before its next one."""
+
+    live: ClassVar = True
+
+    inspect_ticks: bool = False
+
+
 class MemorySettings(Section):
     """How much memory the process may use, about; 0 is no budget."""
 
@@ -396,6 +405,7 @@ class Settings(BaseSettings):
     log: LogSettings = LogSettings()
     drain: DrainSettings = DrainSettings()
     memory: MemorySettings = MemorySettings()
+    monitoring: MonitoringSettings = MonitoringSettings()
     spool: SpoolSettings = SpoolSettings()
 
     @model_validator(mode="after")

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from gateway.core import catalogue
 from gateway.core.breaker import WINDOW_S, Window
 from gateway.core.limits import SURELY, UNMETERED, Bucket, TierLimits, capacity
+from gateway.core.pairs import Pairs
 from gateway.errors import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from gateway.core.catalogue import Close, Reason
     from gateway.core.principal import Principal
@@ -252,7 +253,7 @@ class User(Window):
     from it, and asks `grant` when it does not suffice.
     """
 
-    __slots__ = ("_bucket", "company", "credit", "places", "share", "user_id")
+    __slots__ = ("_bucket", "company", "credit", "pairs", "places", "share", "user_id")
 
     def __init__(self, company: Company, user_id: str) -> None:
         super().__init__()
@@ -263,7 +264,14 @@ class User(Window):
         """Its connections, oldest first."""
         self.share = 1.0
         """The part of its rate that its connections to this process may spend."""
+        self.pairs: Pairs | None = None
+        """The pairs it streams, once somebody has looked."""
         self._bucket: Bucket | None = None
+
+    def note_pairs(self, symbols: Iterable[str], now: float) -> bool:
+        """It has sent ticks of these; whether it streams more pairs than its tier allows."""
+        self.pairs = self.pairs or Pairs()
+        return self.pairs.note(symbols, self.company.limits.pairs, now)
 
     def note_share(self, share: float) -> None:
         """Its connections here may spend so much of its rate, 0 to 1."""

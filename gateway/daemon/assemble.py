@@ -34,6 +34,7 @@ from gateway.ops.status import Status
 from gateway.router.bans import BanOffice
 from gateway.router.delivery import Delivery
 from gateway.router.endpoint import Gatekeeper
+from gateway.router.inspection import Inspection
 from gateway.router.session import SessionContext
 from gateway.router.sessions import Sessions
 from gateway.router.spool.replay import Replay
@@ -209,6 +210,7 @@ def _sessions(
     context = SessionContext(
         readiness=readiness,
         delivery=kafka.delivery,
+        inspection=Inspection(metrics, wanted=settings.monitoring.inspect_ticks),
         ack_interval_ms=settings.session.ack_interval_ms,
         reconnect_window_ms=settings.drain.reconnect_window_ms,
         tokens=gatekeeper,

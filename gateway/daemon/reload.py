@@ -58,6 +58,7 @@ class Reload:
         self.subscribe("tiers", self._prepare_tiers)
         self.subscribe("breaker", self._prepare_breaker)
         self.subscribe("memory", self._prepare_memory)
+        self.subscribe("monitoring", self._prepare_monitoring)
 
     @property
     def sections(self) -> frozenset[str]:
@@ -163,6 +164,9 @@ class Reload:
 
     async def _prepare_memory(self, settings: Settings) -> Apply:
         return lambda: self._daemon.ws.memory.use_budget(settings.memory.budget_bytes)
+
+    async def _prepare_monitoring(self, settings: Settings) -> Apply:
+        return lambda: self._daemon.ws.sessions.inspection.want(settings.monitoring.inspect_ticks)
 
     async def _prepare_log(self, settings: Settings) -> Apply:
         return lambda: self._log.set_level(settings.log.level)

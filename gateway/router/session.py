@@ -8,6 +8,7 @@ connection leaves behind in its backlog is handed over without it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ import trio
 
 from gateway.core import catalogue, notices
 from gateway.core.envelope import NO_PATTERN, head, is_timestamp, parse, repeats, tracing_stamp
+from gateway.core.pairs import LOOK_S
 from gateway.core.tenants import Over
 from gateway.core.verdict import NOT_AN_ENVELOPE, Verdict, judge
 from gateway.errors import NotAnEnvelope
 from gateway.kafka.producer import PRODUCE_ERRORS
 from gateway.router.controls import Controls
 from gateway.router.delivery import Room
+from gateway.router.inspection import symbols_of
 from gateway.router.talk import Talk
 from gateway.ws.handler import ENDED, OPEN
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from gateway.core.protection import Protection
     from gateway.core.tenants import User
     from gateway.router.delivery import Delivery
+    from gateway.router.inspection import Inspection
     from gateway.router.lanes import Lane
     from gateway.telemetry.logging import RateLimited
     from gateway.ws.frames import Payload
@@ -62,6 +66,7 @@ class SessionContext:
 
     readiness: Readiness
     delivery: Delivery
+    inspection: Inspection
     ack_interval_ms: int
     reconnect_window_ms: int
     """``closing.reconnect_after_ms`` is drawn from 0 to this, so that clients do not all come back at once."""
@@ -116,6 +121,7 @@ class Session:
         "_lanes",
         "_last_lane",
         "_last_pattern",
+        "_look_at",
         "_subprotocol",
         "_talk",
         "account",
@@ -142,6 +148,7 @@ class Session:
         self._context = context
         self._home = home
         self.user = user
+        self._look_at = 0.0 if context.inspection.wanted else math.inf  # into the ticks of a message
         self._key = b""  # the user_id, from the first lane on: an idle connection needs none
         self._lanes: dict[str, Lane] = {}
         self._last_lane: Lane | None = None
@@ -202,6 +209,8 @@ class Session:
             self._hand_over(messages)  # type: ignore[arg-type]
         if over is not None:
             self._drop_next(over)
+        if now >= self._look_at:
+            self._inspect(messages, now)
 
     def tick(self, now: float) -> float:
         """Close when the token has ended."""
@@ -248,7 +257,7 @@ class Session:
             first = self.received_messages + 1
             for index in range(first, first + over.dropped):
                 self._talk.settle(index)
-            self._talk.note_throttled(over)
+            self._talk.note_throttled(over.reason.scope, over.dropped, over.messages_per_second, over.retry_after_ms)
             self._context.notify(self)
         self.received_messages += over.dropped
         self._note_failed(over.dropped)
@@ -260,6 +269,20 @@ class Session:
         user.count(now, failed=count)
         if context.protection.trips(user, now):
             context.trip(user)
+
+    def _inspect(self, messages: Sequence[Payload], now: float) -> None:
+        """Look into one message for the pairs that the user streams."""
+        inspection = self._context.inspection
+        self._look_at = now + LOOK_S if inspection.wanted else math.inf
+        symbols = symbols_of(messages[-1]) if messages and isinstance(messages[-1], bytes) else ()
+        if not symbols or not self.user.note_pairs(symbols, now):
+            return
+        inspection.over.add()
+        if self._talk is not None:
+            self._talk.note_throttled("pairs", 0, 0, int(LOOK_S * 1000))
+            self._context.notify(self)
+        if self.user.pairs is not None and self.user.pairs.is_out_of_patience(now):
+            self._context.trip(self.user)
 
     # Control messages
 

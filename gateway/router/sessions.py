@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gateway.core.tenants import Tenants, User
     from gateway.registry.port import Registry
     from gateway.router.endpoint import Identity
+    from gateway.router.inspection import Inspection
     from gateway.router.session import SessionContext
     from gateway.telemetry.metrics import Metrics
     from gateway.ws.endpoints import Granted
@@ -104,6 +105,11 @@ class Sessions:
         self._registry.release(session.user, session)
         self._closed.add(outcome)
         self.roster.discard(session)
+
+    @property
+    def inspection(self) -> Inspection:
+        """Whether messages are looked into."""
+        return self._context.inspection
 
     def renewed(self, session: Session) -> None:
         """A session has a newer token, which may say that its company has another tier."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from gateway.core import notices
 from gateway.core.acks import Acks
@@ -17,7 +17,7 @@ from gateway.ws import frames
 if TYPE_CHECKING:
     from gateway.core.catalogue import Close, Reason
     from gateway.core.principal import Principal
-    from gateway.core.tenants import Over, User
+    from gateway.core.tenants import User
     from gateway.ws.handler import Link
 
 
@@ -25,25 +25,34 @@ THROTTLE_S: Final = 1.0
 """``throttle`` is told once in this time at most."""
 
 
-class Throttles:
-    """What was dropped over limits and not told yet."""
+class Throttle(NamedTuple):
+    """What one ``throttle`` says."""
 
-    __slots__ = ("dropped", "told_at")
+    scope: str
+    dropped: int
+    messages_per_second: float
+    retry_after_ms: int
+
+
+class Throttles:
+    """What was over limits and is not told yet."""
+
+    __slots__ = ("told_at", "untold")
 
     def __init__(self) -> None:
-        self.dropped: dict[str, tuple[int, Over]] = {}
-        """By scope: how many messages, and the last of these occasions."""
+        self.untold: dict[str, Throttle] = {}
+        """By scope."""
         self.told_at = -math.inf
 
-    def add(self, over: Over) -> None:
+    def add(self, new: Throttle) -> None:
         """So much more."""
-        count, _ = self.dropped.get(over.reason.scope, (0, over))
-        self.dropped[over.reason.scope] = (count + over.dropped, over)
+        old = self.untold.get(new.scope)
+        self.untold[new.scope] = new if old is None else new._replace(dropped=old.dropped + new.dropped)
 
-    def take(self, now: float) -> dict[str, tuple[int, Over]]:
+    def take(self, now: float) -> list[Throttle]:
         """All of it, told at ``now``."""
-        dropped, self.dropped, self.told_at = self.dropped, {}, now
-        return dropped
+        untold, self.untold, self.told_at = self.untold, {}, now
+        return [*untold.values()]
 
 
 class Talk:
@@ -94,11 +103,11 @@ class Talk:
         count, last = self._rejections.get(reason, (0, 0))
         self._rejections[reason] = (count + 1, max(last, index))
 
-    def note_throttled(self, over: Over) -> None:
-        """Messages were dropped over a limit."""
+    def note_throttled(self, scope: str, dropped: int, messages_per_second: float, retry_after_ms: int) -> None:
+        """Over a limit of this ``scope``; so many messages were dropped for it."""
         if self._throttles is None:
             self._throttles = Throttles()
-        self._throttles.add(over)
+        self._throttles.add(Throttle(scope, dropped, messages_per_second, retry_after_ms))
 
     def send_notices(self, now: float = math.inf) -> bool:
         """Send what has gathered since the last time; true when something has to wait, as ``throttle`` may, which is
@@ -115,12 +124,12 @@ class Talk:
 
     def _send_throttles(self, throttles: Throttles, now: float) -> bool:
         """False when it is not time yet."""
-        if not throttles.dropped:
+        if not throttles.untold:
             return True
         if now < throttles.told_at + THROTTLE_S:
             return False
-        for scope, (count, last) in throttles.take(now).items():
-            self.tell(notices.throttle(count, scope, last.messages_per_second, last.retry_after_ms))
+        for one in throttles.take(now):
+            self.tell(notices.throttle(one.dropped, one.scope, one.messages_per_second, one.retry_after_ms))
         return True
 
     def is_unsettled(self, received: int) -> bool:

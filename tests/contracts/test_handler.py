@@ -13,8 +13,10 @@ import trio.testing
 
 from gateway.core import catalogue
 from gateway.core.principal import Principal
+from gateway.router.inspection import Inspection
 from gateway.router.session import Session, SessionContext
 from gateway.telemetry.logging import RateLimited
+from gateway.telemetry.metrics import Metrics
 from gateway.testing.rawclient import frame
 from gateway.ws.connection import Connection
 from gateway.ws.handler import ENDED, Handler
@@ -39,6 +41,7 @@ def session(readiness: Readiness) -> Session:
     context = SessionContext(
         readiness=readiness,
         delivery=ScriptedDelivery(),  # type: ignore[arg-type]  # a stand-in
+        inspection=Inspection(Metrics()),
         ack_interval_ms=200,
         reconnect_window_ms=1000,
         tokens=AnyToken(),

@@ -64,7 +64,9 @@ def make(load: Callable[[], Settings]) -> tuple[Reload, Log, Metrics, list[str]]
             gatekeeper=SimpleNamespace(use_rules=lambda rules, **_: told.append("auth")),
             listener=SimpleNamespace(use_tls=lambda context: told.append("tls")),
             memory=SimpleNamespace(use_budget=lambda budget: told.append("memory")),
-            sessions=SimpleNamespace(look_at_tokens=look_at_tokens),
+            sessions=SimpleNamespace(
+                look_at_tokens=look_at_tokens, inspection=SimpleNamespace(want=lambda wanted: told.append("monitoring"))
+            ),
             admission=SimpleNamespace(protection=SimpleNamespace(use_rules=lambda *_: told.append("breaker"))),
         ),
     )
@@ -82,7 +84,7 @@ def test_every_section_with_live_settings_has_somebody_who_takes_it() -> None:
 async def test_what_is_live_is_taken_and_the_rest_named() -> None:
     reload, log, metrics, told = make(lambda: settings(log__level="debug", log__format="console", listen__port=1))
     await reload.reload()
-    assert (log.level, told) == ("debug", ["auth", "tls", "tiers", "breaker", "memory", "reloaded"])
+    assert (log.level, told) == ("debug", ["auth", "tls", "tiers", "breaker", "memory", "monitoring", "reloaded"])
     assert log.lines == [("reloaded", {"needs_restart": ["listen.port", "log.format"]})]
     assert (reload.settings.log.level, reload.settings.log.format, reload.settings.listen.port) == (
         "debug",

@@ -19,9 +19,11 @@ from gateway.core.routes import Routes
 from gateway.core.tally import Tally
 from gateway.core.tenants import User
 from gateway.router.delivery import Room
+from gateway.router.inspection import Inspection
 from gateway.router.lanes import Lane
 from gateway.router.session import Session, SessionContext
 from gateway.telemetry.logging import RateLimited
+from gateway.telemetry.metrics import Metrics
 from gateway.testing.rawclient import frame
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.ws.connection import Connection
@@ -133,6 +135,7 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
     context = SessionContext(
         readiness=readiness,
         delivery=delivery,  # type: ignore[arg-type]  # a stand-in
+        inspection=Inspection(Metrics()),
         ack_interval_ms=200,
         reconnect_window_ms=1000,
         notify=lambda session: session.send_notices(),

@@ -21,6 +21,7 @@ from gateway.daemon.drain import Drain
 from gateway.daemon.flow import Flow
 from gateway.kafka.partitioner import partition_of
 from gateway.router.delivery import Delivery
+from gateway.router.inspection import Inspection
 from gateway.router.session import Session, SessionContext
 from gateway.router.spool.segments import Spool
 from gateway.telemetry.logging import RateLimited
@@ -62,6 +63,7 @@ class Way:
         context = SessionContext(
             readiness=self.readiness,
             delivery=self.delivery,
+            inspection=Inspection(Metrics()),
             ack_interval_ms=200,
             reconnect_window_ms=0,
             tokens=AnyToken(),
