@@ -119,6 +119,7 @@ def session_steps(
             readiness=readiness,
             delivery=delivery,
             inspection=Inspection(Metrics()),
+            throttled=lambda *_: None,
             ack_interval_ms=200,
             reconnect_window_ms=0,
             tokens=Gatekeeper(TokenRules((), ""), allow_query_token=False),

@@ -333,6 +333,12 @@ class SpoolSettings(Section):
     max_bytes: Annotated[int, Field(ge=65_536, le=1 << 40)] = 1024 * 1024 * 1024
 
 
+class ActivitySettings(Section):
+    """Where records go that tell what becomes of users' connections; an empty ``topic`` is nowhere."""
+
+    topic: Literal[""] | _Topic = "user-activity"
+
+
 class MonitoringSettings(Section):
     """What the gateway looks into beside headers. ``inspect_ticks``: one ``tick_data`` message a second of each
     connection, for the limit of pairs; a connection that is open already is not looked into before its next one."""
@@ -404,6 +410,7 @@ class Settings(BaseSettings):
     sidecar: SidecarSettings = SidecarSettings()
     log: LogSettings = LogSettings()
     drain: DrainSettings = DrainSettings()
+    activity: ActivitySettings = ActivitySettings()
     memory: MemorySettings = MemorySettings()
     monitoring: MonitoringSettings = MonitoringSettings()
     spool: SpoolSettings = SpoolSettings()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from gateway.config.settings import COPIES
 from gateway.core import notices
 from gateway.core.admission import AddressRate, Admission
 from gateway.core.books import Books
@@ -31,6 +32,7 @@ from gateway.daemon.memory import MemoryGuard
 from gateway.kafka.producer import KafkaProducer
 from gateway.ops import serve
 from gateway.ops.status import Status
+from gateway.router.activity import Activity
 from gateway.router.bans import BanOffice
 from gateway.router.delivery import Delivery
 from gateway.router.endpoint import Gatekeeper
@@ -76,6 +78,7 @@ class KafkaSide:
 
     producer: KafkaProducer
     delivery: Delivery
+    activity: Activity
     books: Books
     replay: Replay | None
 
@@ -83,6 +86,7 @@ class KafkaSide:
         """Poll, renew and spool until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.producer.run)
+            nursery.start_soon(self.activity.run, lambda: self.books.summary().totals.in_flight_bytes)
             if self.delivery.spool is not None:
                 nursery.start_soon(self.delivery.spool.run)
 
@@ -101,6 +105,7 @@ def kafka_side(
 
     Raises StartupError and SpoolError.
     """
+    gateway = f"{platform.node()}/{VERSION}"
     producer = KafkaProducer(settings.kafka.bootstrap_servers, properties, metrics, log, holds)
     books = Books()
     spool = None if directory is None else Spool(directory, settings.spool.max_bytes)
@@ -110,7 +115,7 @@ def kafka_side(
             settings.table,
             books,
             metrics,
-            gateway=f"{platform.node()}/{VERSION}",
+            gateway=gateway,
             log_failed=limited(log.error),
             log_spool=limited(log.error),
             spool=spool,
@@ -118,7 +123,16 @@ def kafka_side(
         )
         declare_replayed(metrics)
         replay = None if spool is None else Replay(spool, delivery.replay, metrics, log)
-        yield KafkaSide(producer, delivery, books, replay)
+        activity = Activity(
+            settings.activity.topic,
+            producer,
+            metrics,
+            log,
+            gateway=gateway,
+            max_messages=settings.kafka.max_queued_messages,
+            max_bytes=settings.kafka.max_queued_bytes // COPIES,
+        )
+        yield KafkaSide(producer, delivery, activity, books, replay)
     finally:
         if spool is not None:
             spool.close()
@@ -210,6 +224,7 @@ def _sessions(
     context = SessionContext(
         readiness=readiness,
         delivery=kafka.delivery,
+        throttled=kafka.activity.throttled,
         inspection=Inspection(metrics, wanted=settings.monitoring.inspect_ticks),
         ack_interval_ms=settings.session.ack_interval_ms,
         reconnect_window_ms=settings.drain.reconnect_window_ms,
@@ -222,8 +237,8 @@ def _sessions(
     )
     tenants = kafka.books.tenants
     tenants.use_tiers(settings.tiers.limits)
-    sessions = Sessions(context, admission, tenants, metrics)
-    bans = BanOffice(admission.protection, sessions, metrics, log)
+    sessions = Sessions(context, admission, tenants, metrics, kafka.activity)
+    bans = BanOffice(admission.protection, sessions, kafka.activity, metrics, log)
     flow.attach(sessions)
     heartbeat = Heartbeat(sessions, notices_s=settings.session.ack_interval_ms / 1000, after_sweep=flow.look)
     return sessions, heartbeat

@@ -12,6 +12,7 @@ import trio
 if TYPE_CHECKING:
     from gateway.core.protection import Ban, Protection
     from gateway.core.tenants import User
+    from gateway.router.activity import Activity
     from gateway.router.sessions import Sessions
     from gateway.telemetry.logging import Log
     from gateway.telemetry.metrics import Metrics
@@ -23,7 +24,10 @@ KINDS: Final = ("user", "address")
 class BanOffice:
     """Carries out the bans of one process."""
 
-    def __init__(self, protection: Protection, sessions: Sessions, metrics: Metrics, log: Log) -> None:
+    def __init__(
+        self, protection: Protection, sessions: Sessions, activity: Activity, metrics: Metrics, log: Log
+    ) -> None:
+        self._activity = activity
         self._protection = protection
         self._sessions = sessions
         self._log = log
@@ -38,4 +42,5 @@ class BanOffice:
     def _pronounced(self, ban: Ban) -> None:
         self._bans.add(ban.kind)
         who = dict(zip(("company_id", "user_id") if ban.kind == "user" else ("address",), ban.subject, strict=True))
+        self._activity.banned(ban)
         self._log.warning("banned", kind=ban.kind, **who, seconds=round(ban.remaining_s))

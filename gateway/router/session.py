@@ -67,6 +67,8 @@ class SessionContext:
     readiness: Readiness
     delivery: Delivery
     inspection: Inspection
+    throttled: Callable[[User, int, str], None]
+    """Told of every drop over a limit: whose messages, how many, and why."""
     ack_interval_ms: int
     reconnect_window_ms: int
     """``closing.reconnect_after_ms`` is drawn from 0 to this, so that clients do not all come back at once."""
@@ -259,6 +261,7 @@ class Session:
                 self._talk.settle(index)
             self._talk.note_throttled(over.reason.scope, over.dropped, over.messages_per_second, over.retry_after_ms)
             self._context.notify(self)
+        self._context.throttled(self.user, over.dropped, over.reason)
         self.received_messages += over.dropped
         self._note_failed(over.dropped)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from gateway.core import catalogue
+from gateway.errors import Refused
 from gateway.registry.memory import MemoryRegistry
 from gateway.router.session import Session
 from gateway.ws.handler import OPEN
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from gateway.core.admission import Admission
     from gateway.core.tenants import Tenants, User
     from gateway.registry.port import Registry
+    from gateway.router.activity import Activity
     from gateway.router.endpoint import Identity
     from gateway.router.inspection import Inspection
     from gateway.router.session import SessionContext
@@ -49,9 +51,11 @@ class Sessions:
         admission: Admission,
         tenants: Tenants,
         metrics: Metrics,
+        activity: Activity,
         registry: Registry | None = None,
     ) -> None:
         """Places come from ``registry``; without one, from ``tenants`` alone."""
+        self._activity = activity
         self._context = context
         self._admission = admission
         self._tenants = tenants
@@ -73,9 +77,17 @@ class Sessions:
 
         In this order: bans, the cap, the limits of its tenant. Cancelled, it has taken nothing.
         """
-        identity: Identity = granted.identity
-        principal = identity.principal
-        now = trio.current_time()
+        try:
+            session = await self._open(granted.identity, granted.subprotocol)
+        except Refused as refused:
+            self._activity.refused(granted.identity, refused.refusal.code)
+            raise
+        self.roster.add(session)
+        self._activity.connected(session)
+        return session
+
+    async def _open(self, identity: Identity, subprotocol: str | None) -> Session:
+        principal, now = identity.principal, trio.current_time()
         user = self._tenants.user(principal, now)
         self._context.protection.check_user(user, now)
         for holder in self._tenants.learn_tier(principal, now):
@@ -88,7 +100,7 @@ class Sessions:
             user=user,
             account=identity.account,
             path=identity.path,
-            subprotocol=granted.subprotocol,
+            subprotocol=subprotocol,
         )
         self._admission.enter()
         try:
@@ -96,7 +108,6 @@ class Sessions:
         except BaseException:
             self._admission.leave()
             raise
-        self.roster.add(session)
         return session
 
     def leave(self, session: Session, outcome: str) -> None:
@@ -104,6 +115,7 @@ class Sessions:
         self._admission.leave()
         self._registry.release(session.user, session)
         self._closed.add(outcome)
+        self._activity.disconnected(session, outcome)
         self.roster.discard(session)
 
     @property

@@ -42,6 +42,7 @@ def session(readiness: Readiness) -> Session:
         readiness=readiness,
         delivery=ScriptedDelivery(),  # type: ignore[arg-type]  # a stand-in
         inspection=Inspection(Metrics()),
+        throttled=lambda *_: None,
         ack_interval_ms=200,
         reconnect_window_ms=1000,
         tokens=AnyToken(),

@@ -136,6 +136,7 @@ async def world(subprotocol: str | None = None) -> AsyncIterator[World]:
         readiness=readiness,
         delivery=delivery,  # type: ignore[arg-type]  # a stand-in
         inspection=Inspection(Metrics()),
+        throttled=lambda *_: None,
         ack_interval_ms=200,
         reconnect_window_ms=1000,
         notify=lambda session: session.send_notices(),

@@ -64,6 +64,7 @@ class Way:
             readiness=self.readiness,
             delivery=self.delivery,
             inspection=Inspection(Metrics()),
+            throttled=lambda *_: None,
             ack_interval_ms=200,
             reconnect_window_ms=0,
             tokens=AnyToken(),
