@@ -193,7 +193,7 @@ def websocket_side(
             log_refused=limited(log.info),
             log_crash=limited(log.error),
         )
-        memory = MemoryGuard(settings.memory.budget_bytes, admission, sessions, log)
+        memory = MemoryGuard(settings.memory.budget_bytes, admission, sessions, log, metrics=metrics)
         yield WebSocketSide(admission, gatekeeper, readiness, sessions, heartbeat, listener, memory)
     finally:
         for sock in sockets:

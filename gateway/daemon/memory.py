@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gateway.core.admission import Admission
     from gateway.router.session import Session
     from gateway.telemetry.logging import Log
+    from gateway.telemetry.metrics import Metrics
 
 LOOK_S: Final = 1.0
 SHED_SHARE: Final = 0.9
@@ -54,8 +55,12 @@ class MemoryGuard:
         sessions: Iterable[Session],
         log: Log,
         *,
+        metrics: Metrics,
         measure: Callable[[], int] = resident_bytes,
     ) -> None:
+        metrics.gauge(
+            "gateway_connections_not_read", "Connections that are not read for memory.", lambda: len(self._paused)
+        )
         self._budget = budget_bytes
         self._admission = admission
         self._sessions = sessions
@@ -68,11 +73,6 @@ class MemoryGuard:
     def use_budget(self, budget_bytes: int) -> None:
         """Keep near another budget."""
         self._budget = budget_bytes
-
-    @property
-    def paused(self) -> int:
-        """Connections that are not read."""
-        return len(self._paused)
 
     async def run(self) -> None:
         """Look once a second until cancelled."""

@@ -131,6 +131,7 @@ class Status:
             lambda: self.producer.cluster.up,
             across=Across.LOWEST,
         )
+        metrics.gauge("gateway_short_of_memory", "1 while newcomers are refused for memory.", self.short_of_memory)
         metrics.gauge("gateway_reading_paused", "1 while the producer queue is full.", lambda: bool(self.holds()))
         metrics.gauge(
             "gateway_producer_queue_messages", "Records in the producer, unconfirmed.", lambda: len(self.producer)

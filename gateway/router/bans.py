@@ -8,8 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import trio
+from prometheus_client.core import GaugeMetricFamily
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from prometheus_client import Metric
+
     from gateway.core.protection import Ban, Protection
     from gateway.core.tenants import User
     from gateway.router.activity import Activity
@@ -32,7 +37,14 @@ class BanOffice:
         self._sessions = sessions
         self._log = log
         self._bans = metrics.labelled("gateway_bans", "Bans pronounced here.", "kind", KINDS)
+        metrics.families("bans_active", self._collect)
         protection.tell(self._pronounced)
+
+    def _collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily("gateway_bans_active", "Bans in force, as this process knows them.", labels=["kind"])
+        for kind, count in self._protection.running(trio.current_time()).items():
+            family.add_metric([kind], count)
+        yield family
 
     def ban_user(self, user: User) -> None:
         """Shut a user out because of what it sends, and close its connections."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gateway.core import notices
 from gateway.core.controls import ControlRate, parse
@@ -14,7 +14,32 @@ if TYPE_CHECKING:
 
     from gateway.core.catalogue import Close
     from gateway.core.controls import Control
-    from gateway.router.session import Session
+    from gateway.core.principal import Principal
+
+
+class Tokens(Protocol):
+    """Which tokens count (`gateway.router.endpoint.Gatekeeper`); asked whenever it matters, so that a reload does."""
+
+    @property
+    def leeway_s(self) -> float:
+        """How long after its expiry a token still counts, as at the handshake."""
+
+    def verify(self, token: str) -> Principal:
+        """Whose token this is. Raises InvalidToken."""
+
+    def is_revoked(self, principal: Principal) -> bool:
+        """Whether the token was ended before its time."""
+
+
+class Asking(Protocol):
+    """Whose control messages they are."""
+
+    @property
+    def tokens(self) -> Tokens: ...
+    @property
+    def principal(self) -> Principal: ...
+    def renew(self, principal: Principal, /) -> None:
+        """A newer token of the same user counts from now on."""
 
 
 class Controls:
@@ -22,7 +47,7 @@ class Controls:
 
     __slots__ = ("_rate", "_session")
 
-    def __init__(self, session: Session, now: float) -> None:
+    def __init__(self, session: Asking, now: float) -> None:
         self._session = session
         self._rate = ControlRate(now)
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gateway.core.principal import Principal
     from gateway.core.protection import Protection
     from gateway.core.tenants import User
+    from gateway.router.controls import Tokens
     from gateway.router.delivery import Delivery
     from gateway.router.inspection import Inspection
     from gateway.router.lanes import Lane
@@ -81,20 +82,6 @@ class SessionContext:
     log_rejected: RateLimited
     """Takes lines that clients cause: broken frames, dead letters."""
     log_crash: RateLimited
-
-
-class Tokens(Protocol):
-    """Which tokens count (`gateway.router.endpoint.Gatekeeper`); asked whenever it matters, so that a reload does."""
-
-    @property
-    def leeway_s(self) -> float:
-        """How long after its expiry a token still counts, as at the handshake."""
-
-    def verify(self, token: str) -> Principal:
-        """Whose token this is. Raises InvalidToken."""
-
-    def is_revoked(self, principal: Principal) -> bool:
-        """Whether the token was ended before its time."""
 
 
 class Home(Protocol):

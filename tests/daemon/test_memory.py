@@ -11,6 +11,7 @@ from gateway.core import catalogue
 from gateway.core.admission import AddressRate, Admission
 from gateway.daemon.memory import PAUSED_AT_ONCE, MemoryGuard, resident_bytes
 from gateway.errors import Refused
+from gateway.telemetry.metrics import Metrics
 
 
 class Holding:
@@ -47,7 +48,7 @@ async def test_newcomers_are_refused_first_then_the_largest_are_not_read_and_all
     random.Random(7).shuffle(sessions)
     admission, log = Admission(10, AddressRate(0, 1)), Log()
     admission.open()
-    guard = MemoryGuard(1000, admission, sessions, log, measure=lambda: used[0])  # type: ignore[arg-type]  # stand-ins
+    guard = MemoryGuard(1000, admission, sessions, log, metrics=Metrics(), measure=lambda: used[0])  # type: ignore[arg-type]  # stand-ins
     await guard.look()
     admission.check()
     used[0] = 900
@@ -74,7 +75,7 @@ async def test_newcomers_are_refused_first_then_the_largest_are_not_read_and_all
 async def test_without_a_budget_nothing_is_done() -> None:
     admission, log = Admission(10, AddressRate(0, 1)), Log()
     admission.open()
-    guard = MemoryGuard(1, admission, [], log)  # type: ignore[arg-type]  # as above
+    guard = MemoryGuard(1, admission, [], log, metrics=Metrics())  # type: ignore[arg-type]  # as above
     await guard.look()
     assert guard.short
     guard.use_budget(0)
