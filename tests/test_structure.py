@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kafka": {"core", "telemetry", "config"},
     "registry": {"core", "telemetry"},
     "router": {"core", "telemetry", "ws", "kafka", "registry"},
-    "ops": {"core", "telemetry", "ws", "kafka", "router"},
+    "ops": {"core", "telemetry", "ws", "kafka", "registry", "router"},
     "daemon": {"core", "telemetry", "config", "ws", "kafka", "registry", "router", "ops"},
     "client": {"core"},
 }

@@ -145,6 +145,8 @@ def dump(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = settings.model_dump(mode="json")
     if settings.auth.secret is not None:
         found["auth"]["secret"] = settings.auth.secret.get_secret_value()
+    if settings.registry.redis_url is not None:
+        found["registry"]["redis_url"] = settings.registry.redis_url.get_secret_value()
     return found
 
 

@@ -339,6 +339,18 @@ class ActivitySettings(Section):
     topic: Literal[""] | _Topic = "user-activity"
 
 
+class RegistrySettings(Section):
+    """Where several gateways keep the places of tenants together: ``redis_url``, or nowhere."""
+
+    redis_url: SecretStr | None = None
+    """``redis://``, ``rediss://`` or ``unix://``; it may hold a password."""
+    on_failure: Literal["admit", "refuse"] = "admit"
+    """While Redis does not answer: give places by what this process knows, or refuse everybody."""
+    lease_s: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 15.0
+    """So long after its end are the places of a gateway that was killed free again."""
+    timeout_s: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] = 1.0
+
+
 class MonitoringSettings(Section):
     """What the gateway looks into beside headers. ``inspect_ticks``: one ``tick_data`` message a second of each
     connection, for the limit of pairs; a connection that is open already is not looked into before its next one."""
@@ -410,6 +422,7 @@ class Settings(BaseSettings):
     sidecar: SidecarSettings = SidecarSettings()
     log: LogSettings = LogSettings()
     drain: DrainSettings = DrainSettings()
+    registry: RegistrySettings = RegistrySettings()
     activity: ActivitySettings = ActivitySettings()
     memory: MemorySettings = MemorySettings()
     monitoring: MonitoringSettings = MonitoringSettings()

@@ -51,6 +51,7 @@ class Protection:
         self._addresses: Bans[Subject] = Bans(rules)
         self._windows: OrderedDict[str, Window] = OrderedDict()
         self._tell: Callable[[Ban], None] = lambda ban: None
+        self._looked_at = 0.0
 
     def use_rules(self, rules: BreakerRules, exempt: Sequence[Network]) -> None:
         """Go by other rules; bans that run go on."""
@@ -126,10 +127,12 @@ class Protection:
         bans.learn(ban.subject, ban.remaining_s, ban.length_s, now)
 
     def sweep(self, now: float) -> None:
-        """Forget what is over and forgiven."""
+        """Forget what is over and forgiven; called about once a second."""
+        self._looked_at = now
         self._users.forgive(now)
         self._addresses.forgive(now)
 
-    def running(self, now: float) -> dict[str, int]:
-        """How many bans hold at the moment, by kind; looks at each of them."""
+    def running(self) -> dict[str, int]:
+        """How many bans hold, by kind, as of the last `sweep`; looks at each of them."""
+        now = self._looked_at
         return {"user": self._users.running(now), "address": self._addresses.running(now)}

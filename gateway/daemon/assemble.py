@@ -8,6 +8,7 @@ spool replay`` has a Kafka side alone.
 from __future__ import annotations
 
 import platform
+import secrets
 import socket
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -29,10 +30,14 @@ from gateway.daemon.announce import Addresses
 from gateway.daemon.flow import Flow
 from gateway.daemon.lifecycle import Lifecycle
 from gateway.daemon.memory import MemoryGuard
+from gateway.errors import StartupError
+from gateway.kafka.aside import AsideProducer
 from gateway.kafka.producer import KafkaProducer
 from gateway.ops import serve
 from gateway.ops.status import Status
-from gateway.router.activity import Activity
+from gateway.registry.memory import MemoryRegistry
+from gateway.registry.shared import SharedRegistry
+from gateway.router.activity import MAX_WAITING, Activity
 from gateway.router.bans import BanOffice
 from gateway.router.delivery import Delivery
 from gateway.router.endpoint import Gatekeeper
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
     from gateway.config import Settings
     from gateway.config.promises import Property
     from gateway.core.holds import Holds
+    from gateway.core.tenants import Tenants
     from gateway.daemon.materials import Materials
     from gateway.telemetry.logging import Log
     from gateway.telemetry.metrics import Metrics
@@ -126,6 +132,7 @@ def kafka_side(
         activity = Activity(
             settings.activity.topic,
             producer,
+            AsideProducer(settings.kafka.bootstrap_servers, properties, MAX_WAITING),
             metrics,
             log,
             gateway=gateway,
@@ -149,6 +156,15 @@ class WebSocketSide:
     heartbeat: Heartbeat
     listener: Listener
     memory: MemoryGuard
+    registry: SharedRegistry | None
+
+    async def run(self) -> None:
+        """Look after connections and limits until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for service in (self.heartbeat.run, self.readiness.run, self.memory.run):
+                nursery.start_soon(service)
+            if self.registry is not None:
+                nursery.start_soon(self.registry.run)
 
 
 @contextmanager
@@ -171,7 +187,8 @@ def websocket_side(
     readiness.time_turns(lambda duration_s: routing_s.observe(duration_s, SAMPLE_MASK + 1))
     admission = _admission(settings)
     gatekeeper = Gatekeeper(materials.rules, allow_query_token=settings.auth.allow_query_token)
-    sessions, heartbeat = _sessions(settings, kafka, readiness, gatekeeper, admission, flow, metrics, log)
+    registry = _registry(settings, kafka.books.tenants, metrics, log)
+    sessions, heartbeat = _sessions(settings, kafka, readiness, gatekeeper, admission, registry, flow, metrics, log)
     sockets = open_listening_sockets(
         "listen",
         listen.host,
@@ -194,7 +211,7 @@ def websocket_side(
             log_crash=limited(log.error),
         )
         memory = MemoryGuard(settings.memory.budget_bytes, admission, sessions, log, metrics=metrics)
-        yield WebSocketSide(admission, gatekeeper, readiness, sessions, heartbeat, listener, memory)
+        yield WebSocketSide(admission, gatekeeper, readiness, sessions, heartbeat, listener, memory, registry)
     finally:
         for sock in sockets:
             sock.close()
@@ -210,12 +227,34 @@ def _admission(settings: Settings) -> Admission:
     )
 
 
+def _registry(settings: Settings, tenants: Tenants, metrics: Metrics, log: Log) -> SharedRegistry | None:
+    """The registry of several gateways, None where each is alone. Raises StartupError without its library."""
+    registry = settings.registry
+    if registry.redis_url is None:
+        return None
+    try:
+        from gateway.registry.redis import connected
+    except ImportError as error:
+        raise StartupError("registry.redis_url needs the redis extra: pip install 'gateway[redis]'") from error
+    url, name = registry.redis_url.get_secret_value(), f"{platform.node()}/{secrets.token_hex(8)}"
+    return SharedRegistry(
+        tenants,
+        MemoryRegistry(tenants, trio.current_time),
+        lambda: connected(url, name, lease_s=registry.lease_s, timeout_s=registry.timeout_s),
+        metrics,
+        log,
+        refuse=registry.on_failure == "refuse",
+        lease_s=registry.lease_s,
+    )
+
+
 def _sessions(
     settings: Settings,
     kafka: KafkaSide,
     readiness: Readiness,
     gatekeeper: Gatekeeper,
     admission: Admission,
+    registry: SharedRegistry | None,
     flow: Flow,
     metrics: Metrics,
     log: Log,
@@ -237,8 +276,11 @@ def _sessions(
     )
     tenants = kafka.books.tenants
     tenants.use_tiers(settings.tiers.limits)
-    sessions = Sessions(context, admission, tenants, metrics, kafka.activity)
+    sessions = Sessions(context, admission, tenants, metrics, kafka.activity, registry)
     bans = BanOffice(admission.protection, sessions, kafka.activity, metrics, log)
+    if registry is not None:
+        registry.attach(bans.learn)
+        bans.share(registry.ban)
     flow.attach(sessions)
     heartbeat = Heartbeat(sessions, notices_s=settings.session.ack_interval_ms / 1000, after_sweep=flow.look)
     return sessions, heartbeat
@@ -363,6 +405,7 @@ def _status(
         sessions=ws.sessions,
         holds=lambda: flow.names,
         short_of_memory=lambda: ws.memory.short,
+        registry=ws.registry,
         spool=kafka.delivery.spool,
         replay=kafka.replay,
         spool_directory=settings.spool.directory,

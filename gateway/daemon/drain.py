@@ -15,6 +15,7 @@ from gateway.core import catalogue
 from gateway.daemon import systemd
 from gateway.kafka.producer import POLL_BUSY_S
 from gateway.ops.status import shown_books
+from gateway.router.activity import FINISH_S
 from gateway.router.sessions import close_gracefully
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ class Drain:
             if writer.fault if writer is not None else readiness.paused:
                 break
             await trio.sleep(LAST_ATTEMPT_S if readiness.paused else 0)  # the spool had no room for all at once
+        with trio.move_on_after(FINISH_S):
+            await kafka.activity.finish()
         if kafka.replay is not None:
             with trio.CancelScope(deadline=self._deadline):
                 await kafka.replay.tidy()

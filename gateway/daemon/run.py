@@ -62,7 +62,7 @@ async def run(
         await services.start(operations.follow_signals)
         sidecar = daemon.status.sidecar(daemon.metrics)
         port: int = await services.start(serve.run, sidecar, daemon.sidecar_sockets, limited(daemon.log.error))
-        for service in (daemon.kafka.run, ws.heartbeat.run, ws.readiness.run, ws.memory.run, systemd.feed_watchdog):
+        for service in (daemon.kafka.run, ws.run, systemd.feed_watchdog):
             services.start_soon(service)
         services.start_soon(_keep_accounts, daemon)
         services.start_soon(reload.run, operations)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gateway.core.progress import Progress
     from gateway.core.tally import Tally
     from gateway.kafka.producer import KafkaProducer
+    from gateway.registry.shared import SharedRegistry
     from gateway.router.spool.replay import Replay
     from gateway.router.spool.writer import SpoolWriter
     from gateway.telemetry.metrics import Metrics
@@ -56,6 +57,7 @@ class Status:
     holds: Callable[[], tuple[str, ...]]
     """Why nothing is handed over at the moment (`gateway.core.holds`)."""
     short_of_memory: Callable[[], bool]
+    registry: SharedRegistry | None
     spool: SpoolWriter | None
     replay: Replay | None
     spool_directory: str | None
@@ -88,6 +90,8 @@ class Status:
         reasons += self.progress.reasons
         if self.short_of_memory():
             reasons.append("short_of_memory")
+        if self.registry is not None and self.registry.refuses:
+            reasons.append("registry_unavailable")
         if PRODUCER_FULL in self.holds():
             reasons.append("producer_queue_full")
         return reasons
@@ -105,6 +109,10 @@ class Status:
                 "queue_messages": len(self.producer),
                 "queue_full": self.producer.full,
                 "unwritable_partitions": [f"{topic}/{number}" for topic, number in sorted(cluster.unwritable)],
+            },
+            "registry": {
+                "kind": "memory" if self.registry is None else "redis",
+                "up": self.registry is None or self.registry.up,
             },
             "messages": {**shown_books(books.totals), "unbalanced_companies": books.unbalanced_companies},
             "spool": {
@@ -129,6 +137,12 @@ class Status:
             "gateway_kafka_up",
             "1 while a broker is connected.",
             lambda: self.producer.cluster.up,
+            across=Across.LOWEST,
+        )
+        metrics.gauge(
+            "gateway_registry_up",
+            "0 while the registry of several gateways does not answer.",
+            lambda: self.registry is None or self.registry.up,
             across=Across.LOWEST,
         )
         metrics.gauge("gateway_short_of_memory", "1 while newcomers are refused for memory.", self.short_of_memory)

@@ -1,8 +1,8 @@
 """Tells Kafka what becomes of users' connections: `ActivityEvent` records, keyed by company.
 
 Nobody waits for them, and nothing depends on them: they are given up first. One is, when the topic is not there, when
-the producer's queue is half full or more than `MAX_WAITING` of them wait in it, or when Kafka refuses it; each is
-counted: ``made = delivered + given_up + in flight``. They are not in the books of messages.
+the queue of messages is half full, when `MAX_WAITING` of them are not confirmed, or when Kafka refuses it; each is
+counted: ``made = delivered + given_up + in flight``. They are not in the books of messages, nor in their queue.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from gateway.v1.activity_pb2 import ActivityEvent
 if TYPE_CHECKING:
     from gateway.core.protection import Ban
     from gateway.core.tenants import User
+    from gateway.kafka.aside import AsideProducer
     from gateway.kafka.producer import KafkaProducer
     from gateway.router.endpoint import Identity
     from gateway.router.session import Session
@@ -25,13 +26,16 @@ if TYPE_CHECKING:
     from gateway.telemetry.metrics import Metrics
 
 MAX_WAITING: Final = 1000
-"""Events in the producer's queue at most."""
+"""Events that are not confirmed, at most."""
 HALF: Final = 0.5
 CALM_S: Final = 5.0
 """A throttle has ended when nothing was dropped for this long."""
 LOOK_S: Final = 1.0
 TOPIC_S: Final = 30.0
 """Between two looks for a topic that was not there."""
+POLL_S: Final = 0.02
+FINISH_S: Final = 1.0
+"""How long a drain waits for events."""
 OUTCOMES: Final = ("made", "delivered", "given_up")
 
 
@@ -42,6 +46,7 @@ class Activity:
         self,
         topic: str,
         producer: KafkaProducer,
+        aside: AsideProducer,
         metrics: Metrics,
         log: Log,
         *,
@@ -49,17 +54,18 @@ class Activity:
         max_messages: int,
         max_bytes: int,
     ) -> None:
-        """``max_messages`` and ``max_bytes`` are what the producer's queue holds."""
+        """``max_messages`` and ``max_bytes`` are what the ``producer`` of messages holds; events go ``aside``."""
         self._topic = topic
         self._producer = producer
+        self._aside = aside
         self._log = log
         self._gateway = gateway
         self._max_messages = max_messages
         self._max_bytes = max_bytes
         self._events = metrics.labelled("gateway_activity_events", "Activity events.", "outcome", OUTCOMES)
-        metrics.gauge("gateway_activity_events_in_flight", "Activity events with the producer.", lambda: self.waiting)
+        metrics.gauge("gateway_activity_events_in_flight", "Activity events not confirmed.", lambda: self.waiting)
         self.waiting = 0
-        """Events in the producer's queue."""
+        """Events that Kafka has not confirmed."""
         self._there = False
         self._said = False
         self._queued_bytes = 0
@@ -102,6 +108,7 @@ class Activity:
         look_for_topic_at = trio.current_time()
         while True:
             now = trio.current_time()
+            self._aside.poll()
             if self._topic and not self._there and now >= look_for_topic_at:
                 look_for_topic_at = now + TOPIC_S
                 await self._look_for_topic()
@@ -117,6 +124,12 @@ class Activity:
                         messages=dropped,
                     )
             await trio.sleep(LOOK_S)
+
+    async def finish(self) -> None:
+        """Wait until no event is on its way; bound it."""
+        while self.waiting:
+            self._aside.poll()
+            await trio.sleep(POLL_S)
 
     async def _look_for_topic(self) -> None:
         missing, forbidden = await self._producer.cluster.unusable([self._topic])
@@ -135,12 +148,8 @@ class Activity:
         event = ActivityEvent(
             activity=kind, time_ms=time.time_ns() // 1_000_000, gateway=self._gateway, **fields
         ).SerializeToString()
-        try:
-            self._producer.queue(self._topic, event, fields.get("company_id", "").encode(), self._reported)
-        except Exception as error:  # nothing depends on it: no room, or no topic of that name
+        if not self._aside.queue(self._topic, event, fields.get("company_id", "").encode(), self._reported):
             self._events.add("given_up")
-            if not isinstance(error, BufferError):
-                self._log.warning("activity event failed", error=str(error))
             return
         self.waiting += 1
 

@@ -11,7 +11,7 @@ import trio
 from prometheus_client.core import GaugeMetricFamily
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from prometheus_client import Metric
 
@@ -33,6 +33,7 @@ class BanOffice:
         self, protection: Protection, sessions: Sessions, activity: Activity, metrics: Metrics, log: Log
     ) -> None:
         self._activity = activity
+        self._share: Callable[[Ban], None] = lambda ban: None
         self._protection = protection
         self._sessions = sessions
         self._log = log
@@ -42,9 +43,19 @@ class BanOffice:
 
     def _collect(self) -> Iterable[Metric]:
         family = GaugeMetricFamily("gateway_bans_active", "Bans in force, as this process knows them.", labels=["kind"])
-        for kind, count in self._protection.running(trio.current_time()).items():
+        for kind, count in self._protection.running().items():
             family.add_metric([kind], count)
         yield family
+
+    def share(self, share: Callable[[Ban], None]) -> None:
+        """Let other processes know of the bans of this one."""
+        self._share = share
+
+    def learn(self, ban: Ban) -> None:
+        """Somebody was shut out elsewhere: it is here too."""
+        self._protection.learn(ban, trio.current_time())
+        if ban.kind == "user":
+            self._sessions.close_user(*ban.subject)
 
     def ban_user(self, user: User) -> None:
         """Shut a user out because of what it sends, and close its connections."""
@@ -55,4 +66,5 @@ class BanOffice:
         self._bans.add(ban.kind)
         who = dict(zip(("company_id", "user_id") if ban.kind == "user" else ("address",), ban.subject, strict=True))
         self._activity.banned(ban)
+        self._share(ban)
         self._log.warning("banned", kind=ban.kind, **who, seconds=round(ban.remaining_s))

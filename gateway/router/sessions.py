@@ -145,6 +145,12 @@ class Sessions:
         for holder in user.places:
             holder.revoke(catalogue.CLOSE_BANNED)
 
+    def close_user(self, company_id: str, user_id: str) -> None:
+        """The same of a user that was shut out elsewhere, if it is here."""
+        user = self._tenants.find(company_id, user_id)
+        if user is not None:
+            self.close_banned(user)
+
     def tell_degraded(self, *, unconfirmed_only: bool) -> None:
         """Tell every session that Kafka takes nothing, those too that came since the last time.
 

@@ -135,5 +135,6 @@ def test_user_that_is_banned_elsewhere_is_banned_here() -> None:
     with pytest.raises(Refused) as refused:
         protection.check_user(user, 1.0)
     assert refused.value.retry_after_s == 99
-    assert protection.running(1.0) == {"user": 1, "address": 0}
+    protection.sweep(1.0)
+    assert protection.running() == {"user": 1, "address": 0}
     assert protection.ban_user(user, 200.0).length_s == 240, "it goes on where that ended"

@@ -106,6 +106,13 @@ class Way:
         return [int(MessageEnvelope.FromString(record.record_value).payload) for record in self.producer.confirmed]
 
 
+class Calm:
+    """Activity that is told already."""
+
+    async def finish(self) -> None:
+        return
+
+
 @asynccontextmanager
 async def way(directory: Path) -> AsyncIterator[Way]:
     it = Way(directory)
@@ -146,7 +153,9 @@ async def test_drain_spools_what_is_parked_and_what_waits_behind_it(tmp_path: Pa
         daemon = SimpleNamespace(
             settings=settings,
             log=log,
-            kafka=SimpleNamespace(delivery=it.delivery, producer=it.producer, replay=None, books=it.books),
+            kafka=SimpleNamespace(
+                delivery=it.delivery, producer=it.producer, replay=None, books=it.books, activity=Calm()
+            ),
             ws=SimpleNamespace(readiness=it.readiness, sessions=[]),
         )
         drain = Drain(daemon, trio.Event())  # type: ignore[arg-type]  # the parts that it looks at here

@@ -1,0 +1,2 @@
+-- ARGV: gateway. Returns its connections.
+return of_gateway(ARGV[1])

@@ -1,0 +1,5 @@
+-- ARGV: gateway, lease_ms, epoch. Returns the epoch, whether the gateway's places were taken, and how many it has.
+local gateway = ARGV[1]
+expire()
+lease(gateway, tonumber(ARGV[2]), ARGV[3])
+return {redis.call('HGET', counts, 'e'), redis.call('HEXISTS', counts, 'x:' .. gateway), count('g:' .. gateway)}
