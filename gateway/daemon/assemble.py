@@ -35,6 +35,7 @@ from gateway.kafka.aside import AsideProducer
 from gateway.kafka.producer import KafkaProducer
 from gateway.ops import serve
 from gateway.ops.status import Status
+from gateway.registry import shared
 from gateway.registry.memory import MemoryRegistry
 from gateway.registry.shared import SharedRegistry
 from gateway.router.activity import MAX_WAITING, Activity
@@ -230,6 +231,7 @@ def _admission(settings: Settings) -> Admission:
 def _registry(settings: Settings, tenants: Tenants, metrics: Metrics, log: Log) -> SharedRegistry | None:
     """The registry of several gateways, None where each is alone. Raises StartupError without its library."""
     registry = settings.registry
+    shared.declare(metrics)
     if registry.redis_url is None:
         return None
     try:

@@ -1,6 +1,6 @@
 """Places in Redis: Lua scripts that check and take in one step, leases that free what a killed gateway held.
 
-The scripts are in ``lua/``; `common.lua` says what the keys hold. All keys of a company are in one slot, so that Redis
+The scripts are in ``lua/``; ``common.lua`` says what the keys hold. All keys of a company are in one slot, so that Redis
 Cluster works. Needs the ``redis`` extra (coredis).
 """
 
@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-import ssl
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio
 import coredis
 import trio
-from coredis.exceptions import NoScriptError, RedisError
+from coredis.exceptions import NoScriptError
 from coredis.retry import NoRetryPolicy
 
 from gateway.core import catalogue
@@ -37,15 +35,6 @@ BANS: Final = "gateway:bans"
 MAX_DATE: Final = 1e12
 MAX_BANS: Final = 65_536
 """Bans kept in Redis; beyond it those that end first are forgotten."""
-_TROUBLE: Final = (
-    RedisError,
-    OSError,
-    trio.TooSlowError,
-    anyio.BrokenResourceError,
-    anyio.ClosedResourceError,
-    anyio.EndOfStream,
-    ssl.SSLError,
-)
 
 
 def _keys(company_id: str) -> list[str]:
@@ -80,17 +69,15 @@ async def connected(url: str, gateway: str, *, lease_s: float, timeout_s: float)
         )
         async with client:
             yield RedisBackend(client, gateway, lease_s=lease_s, timeout_s=timeout_s)
-    except (*_TROUBLE, BaseExceptionGroup) as error:
+    except (Exception, BaseExceptionGroup) as error:
         raise _unavailable(error) from error
 
 
 def _unavailable(error: BaseException) -> BaseException:
-    """What coredis raised, alone or in groups of its tasks, as Unavailable; anything else in them alone.
-
-    A cancellation breaks what coredis does when it tidies up: that is no trouble of Redis'.
-    """
+    """Whatever went wrong in coredis or its tasks as Unavailable: a pool that is being closed raises RuntimeError, an
+    answer that is none what its parser makes of it. Of a group with a cancellation, the cancellation alone."""
     if isinstance(error, BaseExceptionGroup):
-        _, rest = error.split((*_TROUBLE, Unavailable))
+        _, rest = error.split(Exception)
         if rest is not None:
             return rest
     found = leaf(error)
@@ -123,7 +110,7 @@ class RedisBackend:
         try:
             with trio.fail_after(self._timeout_s):
                 return await request()
-        except (*_TROUBLE, BaseExceptionGroup) as error:
+        except (Exception, BaseExceptionGroup) as error:
             raise _unavailable(error) from error
 
     # Places
@@ -222,7 +209,7 @@ class RedisBackend:
                     message = await subscription.get_message(timeout=None)
                     if message is not None and message["type"] == "message":
                         _tell(events, message["data"])
-        except (*_TROUBLE, BaseExceptionGroup) as error:
+        except (Exception, BaseExceptionGroup) as error:
             raise _unavailable(error) from error
 
 

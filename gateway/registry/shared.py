@@ -27,12 +27,20 @@ if TYPE_CHECKING:
     from gateway.core.tenants import Company, Holder, Tenants, User
     from gateway.registry.port import Backend, Given, Registry
     from gateway.telemetry.logging import Log
-    from gateway.telemetry.metrics import Metrics
+    from gateway.telemetry.metrics import Counter, Histogram, Metrics
 
 RETRY_S: Final = 1.0
 """Between two attempts to reach a backend that is away."""
 SYNC_POLL_S: Final = 0.005
 SECONDS: Final = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0)
+
+
+def declare(metrics: Metrics) -> tuple[Histogram, Counter]:
+    """Declare the metrics that are there without a registry of several processes too."""
+    return (
+        metrics.histogram("gateway_registry_claim_seconds", "Asking the registry for a place.", SECONDS),
+        metrics.counter("gateway_registry_failures", "Requests that the registry did not answer."),
+    )
 
 
 def place_of(user: User, holder: Holder) -> Place:
@@ -62,6 +70,7 @@ class SharedRegistry:
         self._refuse = refuse
         self._lease_s = lease_s
         self._backend: Backend | None = None
+        self._said_away = False
         self._epochs: dict[str, str] = {}
         self._claiming: set[str] = set()
         self._admitted: set[str] = set()  # connections that the backend does not know of yet
@@ -70,10 +79,7 @@ class SharedRegistry:
         self._unpublished: deque[Ban] = deque(maxlen=1000)
         self._work = trio.Event()
         self._learn_ban: Callable[[Ban], None] = lambda ban: None
-        self._claims_s = metrics.histogram(
-            "gateway_registry_claim_seconds", "Asking the registry for a place.", SECONDS
-        )
-        self._failures = metrics.counter("gateway_registry_failures", "Requests that the registry did not answer.")
+        self._claims_s, self._failures = declare(metrics)
 
     @property
     def up(self) -> bool:
@@ -103,7 +109,6 @@ class SharedRegistry:
                 given = await backend.claim(place, user.company.limits)
             except Unavailable as error:
                 self._note_away(error)
-                self._give_back(place)  # it may have been taken
             except trio.Cancelled:
                 self._give_back(place)
                 raise
@@ -113,9 +118,14 @@ class SharedRegistry:
             finally:
                 self._claiming.discard(place.connection_id)
                 self._claims_s.observe(trio.current_time() - began)
-        if self._refuse:
-            raise Refused(catalogue.REGISTRY_UNAVAILABLE)
-        await self._local.claim(user, holder)
+        try:
+            if self._refuse:
+                raise Refused(catalogue.REGISTRY_UNAVAILABLE)
+            await self._local.claim(user, holder)
+        except BaseException:
+            if backend is not None:  # it may have taken the place, for all that it did not answer
+                self._give_back(place_of(user, holder))
+            raise
         self._admitted.add(holder.connection_id)
 
     def _enter(self, user: User, holder: Holder, given: Given) -> None:
@@ -201,6 +211,7 @@ class SharedRegistry:
             nursery.start_soon(backend.listen, self)
             await self._compare(backend)
             self._backend = backend
+            self._said_away = False
             self._log.info("registry reached")
             nursery.start_soon(self._publish, backend)
             while self._backend is backend:
@@ -262,8 +273,9 @@ class SharedRegistry:
 
     def _note_away(self, error: BaseException) -> None:
         self._failures.add()
-        if self._backend is not None:
-            self._backend = None
+        self._backend = None
+        if not self._said_away:
+            self._said_away = True
             answer = "everybody is refused" if self._refuse else "places are given by what this process knows"
             self._log.error("registry does not answer", error=str(error), meanwhile=answer)
 
