@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from gateway.testing.daemon import Daemon
-from gateway.testing.rawclient import RawClient
+from gateway.testing.rawclient import Closed, RawClient
 from gateway.v1.envelope_pb2 import MessageEnvelope
 from gateway.v1.ticks_pb2 import BatchTickData, Tick
 
@@ -424,3 +426,57 @@ def test_nobody_looks_into_ticks_unless_that_is_wanted(start_daemon: Start) -> N
             client.send_binary(ticks("EURUSD", "XAUUSD"))
             time.sleep(0.5)
         assert "throttle" not in {message["type"] for message in controls(client, 3)}
+
+
+# Workers
+
+
+def test_workers_share_one_view_of_their_tenants(start_daemon: Start) -> None:
+    daemon = start_daemon(
+        workers=2,
+        settings={"tiers.pro.users": 3, "tiers.pro.connections_per_account": 1, "breaker.share": 0.5},
+    )
+    wait_until(lambda: metric(daemon, "gateway_registry_up") == 1)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(daemon.url)) for _ in range(30)]
+        statuses = [
+            client.request(client.headers(daemon.token(f"user-{number}"))).status
+            for number, client in enumerate(clients)
+        ]
+        assert statuses.count(101) == 3
+        assert statuses.count(403) == 27
+    wait_until(lambda: metric(daemon, "gateway_connections") == 0)
+    with ExitStack() as stack:
+        older = connect(stack, daemon, daemon.token("alice"))[0]
+        for _ in range(10):  # to one worker and to the other
+            newer, _ = connect(stack, daemon, daemon.token("alice"))
+            assert older.read_close()[0] == 4429
+            older = newer
+        for _ in range(30):
+            newer.send_binary(b"\xff")
+        assert newer.read_close()[0] == 1008
+        wait_until(lambda: refusal(daemon, daemon.token("alice"))[:2] == (429, "banned"))
+        time.sleep(0.2)
+        assert {refusal(daemon, daemon.token("alice"))[:2] for _ in range(10)} == {(429, "banned")}
+
+
+def test_worker_that_is_killed_gives_its_places_back(start_daemon: Start) -> None:
+    daemon = start_daemon(workers=2, settings={"tiers.pro.users": 2})
+    wait_until(lambda: metric(daemon, "gateway_registry_up") == 1)
+    with ExitStack() as stack:
+        for name in ("alice", "bob"):
+            connect(stack, daemon, daemon.token(name))
+        assert refusal(daemon, daemon.token("carol"))[:2] == (403, "too_many_users")
+        children = [path.read_text().split() for path in Path(f"/proc/{daemon.pid}/task").glob("*/children")]
+        workers = [int(worker) for workers in children for worker in workers]
+        assert len(workers) == 2
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+
+        def carol_is_in() -> bool:
+            try:
+                return refusal(daemon, daemon.token("carol"))[0] == 101
+            except (OSError, Closed):
+                return False  # nobody listens
+
+        wait_until(carol_is_in, 30)

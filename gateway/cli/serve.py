@@ -189,7 +189,8 @@ async def _live(
     from gateway.daemon.worker import end_with_parent
 
     mock = embedded or (orders is not None and orders.development)
-    with assemble(settings, materials, metrics, log, embedded=mock) as daemon:
+    places = "" if orders is None else orders.places
+    with assemble(settings, materials, metrics, log, embedded=mock, places=places) as daemon:
         # What has been imported and built stays for good: the collector need not look at it again.
         gc.collect()
         gc.freeze()

@@ -459,7 +459,10 @@ class Tenants:
             if now - left_at < IDLE_S:
                 return
             del self._idle[user]
-            user.company.users.pop(user.user_id, None)
+            company = user.company
+            company.users.pop(user.user_id, None)
+            if not company.tallies and company.is_idle(None):  # else it is the books' to forget
+                self.companies.pop(company.id, None)
 
     def users(self) -> Iterator[User]:
         """The users that are remembered."""

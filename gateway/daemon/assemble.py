@@ -12,6 +12,7 @@ import secrets
 import socket
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -35,7 +36,7 @@ from gateway.kafka.aside import AsideProducer
 from gateway.kafka.producer import KafkaProducer
 from gateway.ops import serve
 from gateway.ops.status import Status
-from gateway.registry import shared
+from gateway.registry import parent, shared
 from gateway.registry.memory import MemoryRegistry
 from gateway.registry.shared import SharedRegistry
 from gateway.router.activity import MAX_WAITING, Activity
@@ -59,12 +60,14 @@ from gateway.ws.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
 
     from gateway.config import Settings
     from gateway.config.promises import Property
     from gateway.core.holds import Holds
     from gateway.core.tenants import Tenants
     from gateway.daemon.materials import Materials
+    from gateway.registry.port import Backend
     from gateway.telemetry.logging import Log
     from gateway.telemetry.metrics import Metrics
 
@@ -177,6 +180,8 @@ def websocket_side(
     flow: Flow,
     metrics: Metrics,
     log: Log,
+    *,
+    places: str = "",
 ) -> Iterator[WebSocketSide]:
     """The WebSocket side, listening; its sockets are given back at the end. Raises StartupError."""
     listen = settings.listen
@@ -188,7 +193,7 @@ def websocket_side(
     readiness.time_turns(lambda duration_s: routing_s.observe(duration_s, SAMPLE_MASK + 1))
     admission = _admission(settings)
     gatekeeper = Gatekeeper(materials.rules, allow_query_token=settings.auth.allow_query_token)
-    registry = _registry(settings, kafka.books.tenants, metrics, log)
+    registry = _registry(settings, kafka.books.tenants, metrics, log, places)
     sessions, heartbeat = _sessions(settings, kafka, readiness, gatekeeper, admission, registry, flow, metrics, log)
     sockets = open_listening_sockets(
         "listen",
@@ -228,21 +233,28 @@ def _admission(settings: Settings) -> Admission:
     )
 
 
-def _registry(settings: Settings, tenants: Tenants, metrics: Metrics, log: Log) -> SharedRegistry | None:
-    """The registry of several gateways, None where each is alone. Raises StartupError without its library."""
-    registry = settings.registry
+def _registry(settings: Settings, tenants: Tenants, metrics: Metrics, log: Log, places: str) -> SharedRegistry | None:
+    """The registry of several processes, None where this one is alone. Raises StartupError without Redis' library."""
     shared.declare(metrics)
-    if registry.redis_url is None:
+    registry = settings.registry
+    connect: Callable[[], AbstractAsyncContextManager[Backend]]
+    if registry.redis_url is not None:
+        try:
+            from gateway.registry import redis
+        except ImportError as error:
+            raise StartupError("registry.redis_url needs the redis extra: pip install 'gateway[redis]'") from error
+        url, name = registry.redis_url.get_secret_value(), f"{platform.node()}/{secrets.token_hex(8)}"
+        kind = "redis"
+        connect = partial(redis.connected, url, name, lease_s=registry.lease_s, timeout_s=registry.timeout_s)
+    elif places:
+        kind, connect = "parent", partial(parent.connected, places, timeout_s=registry.timeout_s)
+    else:
         return None
-    try:
-        from gateway.registry.redis import connected
-    except ImportError as error:
-        raise StartupError("registry.redis_url needs the redis extra: pip install 'gateway[redis]'") from error
-    url, name = registry.redis_url.get_secret_value(), f"{platform.node()}/{secrets.token_hex(8)}"
     return SharedRegistry(
+        kind,
         tenants,
         MemoryRegistry(tenants, trio.current_time),
-        lambda: connected(url, name, lease_s=registry.lease_s, timeout_s=registry.timeout_s),
+        connect,
         metrics,
         log,
         refuse=registry.on_failure == "refuse",
@@ -352,11 +364,18 @@ class Daemon:
 
 @contextmanager
 def assemble(
-    settings: Settings, materials: Materials, metrics: Metrics, log: Log, *, embedded: bool = False
+    settings: Settings,
+    materials: Materials,
+    metrics: Metrics,
+    log: Log,
+    *,
+    embedded: bool = False,
+    places: str = "",
 ) -> Iterator[Daemon]:
     """All parts of a daemon, listening and doing nothing yet (`gateway.daemon.run`). Raises StartupError, SpoolError.
 
-    ``embedded`` says that the Kafka is the mock of `gateway.kafka.embedded`.
+    ``embedded`` says that the Kafka is the mock of `gateway.kafka.embedded`, ``places`` is the socket of a parent that
+    holds the places of all its workers.
     """
     properties = dict(materials.properties)
     if embedded:  # the mock has no other way to make one
@@ -368,7 +387,7 @@ def assemble(
     with (
         closing(readiness),
         kafka_side(settings, properties, metrics, log, directory=directory, holds=flow) as kafka,
-        websocket_side(settings, materials, kafka, readiness, flow, metrics, log) as ws,
+        websocket_side(settings, materials, kafka, readiness, flow, metrics, log, places=places) as ws,
     ):
         for message_type in settings.routes.topics:
             kafka.books.tally("", message_type)

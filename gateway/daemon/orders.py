@@ -22,6 +22,8 @@ class Orders:
     settings: dict[str, Any] = field(default_factory=dict)
     parent: int = 0
     """The parent's process id."""
+    places: str = ""
+    """The socket of the places that the parent holds (`gateway.registry.host`)."""
 
     def encode(self) -> bytes:
         """As `read` takes it."""

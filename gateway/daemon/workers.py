@@ -35,6 +35,7 @@ from gateway.daemon.worker import KILLED_S, Worker
 from gateway.errors import GatewayError, NoThread, StartupError
 from gateway.ops import aggregate, serve
 from gateway.ops.probe import fetch
+from gateway.registry import host
 from gateway.telemetry.logging import RateLimited
 from gateway.threads import in_thread
 from gateway.ws.sockets import in_url, open_listening_sockets
@@ -90,6 +91,7 @@ class Supervisor:
         self.host = Host(self._workers, version)
         """What is said of all workers together."""
         self._port = 0
+        self._places = ""
         self._drain = trio.Event()
         self._all_ready = trio.Event()
         self._news = trio.Event()
@@ -128,6 +130,7 @@ class Supervisor:
             port: int = await services.start(serve.run, self.host.sidecar(), sidecar, limited)
             services.start_soon(systemd.feed_watchdog)
             services.start_soon(systemd.extend_start, self._starting)
+            self._places = await services.start(host.run)
             services.start_soon(self._scrape)
             services.start_soon(self._kill_late)
             scheme = "ws" if settings.tls.cert_file is None else "wss"
@@ -211,6 +214,7 @@ class Supervisor:
             flags={**self._orders.flags, **own},
             settings=_with(config.dump(self._settings), own),
             parent=os.getpid(),
+            places=self._places,
         )
 
     def _spool_of(self, number: int) -> Path:

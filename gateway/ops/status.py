@@ -111,7 +111,7 @@ class Status:
                 "unwritable_partitions": [f"{topic}/{number}" for topic, number in sorted(cluster.unwritable)],
             },
             "registry": {
-                "kind": "memory" if self.registry is None else "redis",
+                "kind": "memory" if self.registry is None else self.registry.kind,
                 "up": self.registry is None or self.registry.up,
             },
             "messages": {**shown_books(books.totals), "unbalanced_companies": books.unbalanced_companies},

@@ -1,7 +1,7 @@
 """Places in Redis: Lua scripts that check and take in one step, leases that free what a killed gateway held.
 
-The scripts are in ``lua/``; ``common.lua`` says what the keys hold. All keys of a company are in one slot, so that Redis
-Cluster works. Needs the ``redis`` extra (coredis).
+The scripts are in ``lua/``; ``common.lua`` says what the keys hold. All keys of a company are in one slot, so that
+Redis Cluster works. Needs the ``redis`` extra (coredis).
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ class SharedRegistry:
 
     def __init__(
         self,
+        kind: str,
         tenants: Tenants,
         local: Registry,
         connect: Callable[[], AbstractAsyncContextManager[Backend]],
@@ -62,7 +63,9 @@ class SharedRegistry:
         refuse: bool,
         lease_s: float,
     ) -> None:
-        """``connect`` opens the backend; ``local`` decides while it is away, unless everybody is refused then."""
+        """``kind`` names the backend in the log and in health, ``connect`` opens it; ``local`` decides while it is
+        away, unless everybody is refused then."""
+        self.kind = kind
         self._tenants = tenants
         self._local = local
         self._connect = connect
@@ -212,7 +215,7 @@ class SharedRegistry:
             await self._compare(backend)
             self._backend = backend
             self._said_away = False
-            self._log.info("registry reached")
+            self._log.info("registry reached", kind=self.kind)
             nursery.start_soon(self._publish, backend)
             while self._backend is backend:
                 await trio.sleep(self._lease_s / 3)
@@ -277,7 +280,7 @@ class SharedRegistry:
         if not self._said_away:
             self._said_away = True
             answer = "everybody is refused" if self._refuse else "places are given by what this process knows"
-            self._log.error("registry does not answer", error=str(error), meanwhile=answer)
+            self._log.error("registry does not answer", kind=self.kind, error=str(error), meanwhile=answer)
 
 
 def _places(company: Company) -> list[Place]:

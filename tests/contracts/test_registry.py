@@ -18,8 +18,9 @@ from gateway.core.principal import Principal
 from gateway.core.protection import Ban
 from gateway.core.tenants import Tenants, User
 from gateway.errors import Refused
+from gateway.registry import host, parent, port
 from gateway.registry.memory import MemoryRegistry
-from gateway.registry.port import Registry
+from gateway.registry.port import Registry, Unavailable
 from gateway.registry.redis import connected
 from gateway.registry.shared import SharedRegistry
 from gateway.telemetry.metrics import Metrics
@@ -93,6 +94,7 @@ class House:
 def shared(url: str, name: str, tenants: Tenants, log: Log, **options: Any) -> SharedRegistry:
     settings: dict[str, Any] = {"refuse": False, "lease_s": 3.0, **options}
     return SharedRegistry(
+        "redis",
         tenants,
         MemoryRegistry(tenants, trio.current_time),
         lambda: connected(url, name, lease_s=settings["lease_s"], timeout_s=1.0),
@@ -133,8 +135,37 @@ async def until(holds: Callable[[], bool]) -> None:
 Open = Callable[..., Any]
 
 
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.redis)])
+@asynccontextmanager
+async def over_parent(limits: TierLimits = LIMITS) -> AsyncIterator[House]:
+    async with host.serving() as path, trio.open_nursery() as nursery:
+
+        def make(tenants: Tenants, log: Log) -> SharedRegistry:
+            return SharedRegistry(
+                "parent",
+                tenants,
+                MemoryRegistry(tenants, trio.current_time),
+                lambda: parent.connected(path, timeout_s=1.0),
+                Metrics(),
+                log,  # type: ignore[arg-type]  # a stand-in
+                refuse=False,
+                lease_s=3.0,
+            )
+
+        gateways = [Gateway(make, limits) for _ in range(2)]
+        for gateway in gateways:
+            assert isinstance(gateway.registry, SharedRegistry)
+            gateway.registry.attach(gateway.bans.append)
+            nursery.start_soon(gateway.registry.run)
+        with trio.fail_after(60):
+            await until(lambda: all(one.registry.up for one in gateways))  # type: ignore[attr-defined]  # as above
+            yield House(gateways, None)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(params=["memory", "parent", pytest.param("redis", marks=pytest.mark.redis)])
 def house(request: pytest.FixtureRequest) -> Open:
+    if request.param == "parent":
+        return over_parent
     if request.param == "redis":
         return partial(over_redis, request.getfixturevalue("server"))
 
@@ -221,18 +252,69 @@ async def test_random_comings_and_goings_keep_to_the_limits(house: Open) -> None
             await it.claim(name, at=1)
 
 
-# Redis alone
+# Several processes
 
 
-@pytest.mark.redis
-async def test_rates_are_shared_by_the_connections_of_a_user(server: RedisServer) -> None:
-    async with over_redis(server, TierLimits()) as it:
+@pytest.fixture(params=["parent", pytest.param("redis", marks=pytest.mark.redis)])
+def several(request: pytest.FixtureRequest) -> Open:
+    return over_parent if request.param == "parent" else partial(over_redis, request.getfixturevalue("server"))
+
+
+async def test_rates_are_shared_by_the_connections_of_a_user(several: Open) -> None:
+    async with several(TierLimits()) as it:
         (_, here, _), (_, there, second) = await it.claim("alice", "1", at=0), await it.claim("alice", "2", at=1)
         await until(lambda: here.share == there.share == 0.5)
         await it.claim("alice", "3", at=1)
         await until(lambda: abs(here.share - 1 / 3) < 0.01 and abs(there.share - 2 / 3) < 0.01)
         it.gateways[1].registry.release(there, second)
         await until(lambda: here.share == there.share == 0.5)
+
+
+async def test_ban_is_known_to_the_others(several: Open) -> None:
+    async with several() as it:
+        ban = Ban("user", ("acme", "mallory"), 30.0, 60.0)
+        it.gateways[0].registry.ban(ban)  # a shared one
+        await until(lambda: ban in it.gateways[1].bans)
+
+
+async def test_places_of_a_worker_that_ends_are_free_at_once_and_bans_outlast_it() -> None:
+    async with host.serving() as path:
+        async with parent.connected(path, timeout_s=1) as first:
+            await first.claim(registry_place("alice", "c-1"), TierLimits(users=1))
+            await first.ban(Ban("user", ("acme", "mallory"), 30.0, 60.0))
+            with pytest.raises(Refused):
+                await first.claim(registry_place("bob", "c-2"), TierLimits(users=1))
+        async with parent.connected(path, timeout_s=1) as second:
+            with trio.fail_after(5):
+                while True:
+                    try:
+                        await second.claim(registry_place("bob", "c-2"), TierLimits(users=1))
+                    except Refused:
+                        await trio.sleep(0.01)
+                    else:
+                        break
+            (ban,) = await second.bans()
+            assert ban.subject == ("acme", "mallory")
+            assert await second.connections("acme") == {"c-2"}
+
+
+async def test_parent_that_ends_is_unavailable_and_one_that_gets_nonsense_lives() -> None:
+    async with host.serving() as path:
+        async with await trio.open_unix_socket(path) as stranger:
+            await stranger.send_all(b'[1,"claim"]\nnonsense\n')
+            await trio.sleep(0.05)
+        async with parent.connected(path, timeout_s=1) as backend:
+            await backend.claim(registry_place("alice", "c-1"), TierLimits())
+    with pytest.raises(Unavailable):
+        async with parent.connected(path, timeout_s=1):
+            raise AssertionError("nobody is there")
+
+
+def registry_place(user: str, connection_id: str) -> port.Place:
+    return port.Place("acme", user, user, connection_id)
+
+
+# Redis alone
 
 
 @pytest.mark.redis
