@@ -20,7 +20,8 @@ def why_not() -> str | None:
 class RedisServer:
     """A Redis on a free port of loopback, without anything on disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
+        self._options = options
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             self.port: int = sock.getsockname()[1]
@@ -38,13 +39,13 @@ class RedisServer:
         self.kill()
         self._directory.cleanup()
 
-    def start(self, *options: str) -> None:
+    def start(self) -> None:
         """Start it, empty."""
         log = (Path(self._directory.name) / "log").open("ab")
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         with log:
             self._process = subprocess.Popen(
-                [*command, "--dir", self._directory.name, *options], stdout=log, stderr=subprocess.STDOUT
+                [*command, "--dir", self._directory.name, *self._options], stdout=log, stderr=subprocess.STDOUT
             )
         until = time.monotonic() + 10
         while True:
@@ -72,6 +73,13 @@ class RedisServer:
         """Answer again."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
+
+    def lines(self, *words: str) -> str:
+        """Send one command that is answered with a text; what of it comes at once."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as sock:
+            sock.sendall(" ".join(words).encode() + b"\r\n")
+            time.sleep(0.05)
+            return sock.recv(65_536).decode()
 
     def command(self, *words: str) -> str:
         """Send one command; the first line of its answer."""

@@ -344,6 +344,8 @@ class RegistrySettings(Section):
 
     redis_url: SecretStr | None = None
     """``redis://``, ``rediss://`` or ``unix://``; it may hold a password."""
+    redis_cluster: bool = False
+    """It is a node of a Redis Cluster."""
     on_failure: Literal["admit", "refuse"] = "admit"
     """While Redis does not answer: give places by what this process knows, or refuse everybody."""
     lease_s: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 15.0

@@ -245,7 +245,14 @@ def _registry(settings: Settings, tenants: Tenants, metrics: Metrics, log: Log, 
             raise StartupError("registry.redis_url needs the redis extra: pip install 'gateway[redis]'") from error
         url, name = registry.redis_url.get_secret_value(), f"{platform.node()}/{secrets.token_hex(8)}"
         kind = "redis"
-        connect = partial(redis.connected, url, name, lease_s=registry.lease_s, timeout_s=registry.timeout_s)
+        connect = partial(
+            redis.connected,
+            url,
+            name,
+            lease_s=registry.lease_s,
+            timeout_s=registry.timeout_s,
+            cluster=registry.redis_cluster,
+        )
     elif places:
         kind, connect = "parent", partial(parent.connected, places, timeout_s=registry.timeout_s)
     else:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 CHANNEL: Final = "gateway:events"
 BANS: Final = "gateway:bans"
-MAX_DATE: Final = 1e12
 MAX_BANS: Final = 65_536
 """Bans kept in Redis; beyond it those that end first are forgotten."""
 
@@ -45,28 +44,36 @@ def _keys(company_id: str) -> list[str]:
 class _Script:
     """A Lua script, sent whole again when Redis has forgotten it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, *names: str) -> None:
         lua = files("gateway.registry") / "lua"
-        self.source = (lua / "common.lua").read_text() + (lua / f"{name}.lua").read_text()
+        self.source = "".join((lua / f"{name}.lua").read_text() for name in names)
         self.sha1 = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
-_SCRIPTS: Final = {name: _Script(name) for name in ("claim", "release", "renew", "mine", "sync")}
+_SCRIPTS: Final = {
+    **{name: _Script("common", name) for name in ("claim", "release", "renew", "mine", "sync")},
+    **{name: _Script(name) for name in ("ban", "bans")},
+}
 
 
 @asynccontextmanager
-async def connected(url: str, gateway: str, *, lease_s: float, timeout_s: float) -> AsyncIterator[RedisBackend]:
-    """A backend on the Redis at ``url`` (``redis://``, ``rediss://``, ``unix://``). Raises Unavailable."""
+async def connected(
+    url: str, gateway: str, *, lease_s: float, timeout_s: float, cluster: bool = False
+) -> AsyncIterator[RedisBackend]:
+    """A backend on the Redis at ``url`` (``redis://``, ``rediss://``, ``unix://``), or on the cluster that it is a node
+    of. Raises Unavailable."""
+    options: dict[str, Any] = {
+        "verify_version": False,
+        "retry_policy": NoRetryPolicy(),
+        "connect_timeout": timeout_s,
+        "max_connections": 64,
+    }
+    client: coredis.Redis[str] | coredis.RedisCluster[str]
     try:
-        client = coredis.Redis.from_url(
-            url,
-            decode_responses=True,
-            verify_version=False,
-            retry_policy=NoRetryPolicy(),
-            connect_timeout=timeout_s,
-            stream_timeout=None,
-            max_connections=64,
-        )
+        if cluster:
+            client = coredis.RedisCluster.from_url(url, decode_responses=True, **options)
+        else:
+            client = coredis.Redis.from_url(url, decode_responses=True, **options)
         async with client:
             yield RedisBackend(client, gateway, lease_s=lease_s, timeout_s=timeout_s)
     except (Exception, BaseExceptionGroup) as error:
@@ -87,15 +94,17 @@ def _unavailable(error: BaseException) -> BaseException:
 class RedisBackend:
     """A `gateway.registry.port.Backend`. Use `connected`."""
 
-    def __init__(self, client: coredis.Redis[str], gateway: str, *, lease_s: float, timeout_s: float) -> None:
+    def __init__(
+        self, client: coredis.Redis[str] | coredis.RedisCluster[str], gateway: str, *, lease_s: float, timeout_s: float
+    ) -> None:
         """``gateway`` names this process among all; ``timeout_s`` bounds every request."""
         self._client = client
         self._gateway = gateway
         self._lease_ms = str(int(lease_s * 1000))
         self._timeout_s = timeout_s
 
-    async def _run(self, name: str, company_id: str, *arguments: str) -> Any:
-        script, keys = _SCRIPTS[name], _keys(company_id)
+    async def _run(self, name: str, keys: list[str], *arguments: str) -> Any:
+        script = _SCRIPTS[name]
 
         async def run() -> Any:
             try:
@@ -119,7 +128,7 @@ class RedisBackend:
         """See `gateway.registry.port.Backend`."""
         answer = await self._run(
             "claim",
-            place.company_id,
+            _keys(place.company_id),
             self._gateway,
             self._lease_ms,
             secrets.token_hex(8),
@@ -143,11 +152,11 @@ class RedisBackend:
 
     async def release(self, place: Place) -> None:
         """See `gateway.registry.port.Backend`."""
-        await self._run("release", place.company_id, place.company_id, place.connection_id)
+        await self._run("release", _keys(place.company_id), place.company_id, place.connection_id)
 
     async def renew(self, company_id: str) -> State:
         """See `gateway.registry.port.Backend`."""
-        answer = await self._run("renew", company_id, self._gateway, self._lease_ms, secrets.token_hex(8))
+        answer = await self._run("renew", _keys(company_id), self._gateway, self._lease_ms, secrets.token_hex(8))
         try:
             epoch, expired, places = answer
             return State(str(epoch), bool(int(expired)), int(places))
@@ -156,7 +165,7 @@ class RedisBackend:
 
     async def connections(self, company_id: str) -> set[str]:
         """See `gateway.registry.port.Backend`."""
-        answer = await self._run("mine", company_id, self._gateway)
+        answer = await self._run("mine", _keys(company_id), self._gateway)
         if not isinstance(answer, list):
             raise Unavailable(f"mine was answered with {type(answer).__name__}")
         return {str(connection) for connection in answer}
@@ -165,36 +174,26 @@ class RedisBackend:
         """See `gateway.registry.port.Backend`."""
         listed = [text for place in places for text in (place.connection_id, place.user_id, place.account)]
         fixed = (self._gateway, self._lease_ms, secrets.token_hex(8), company_id)
-        return str(await self._run("sync", company_id, *fixed, *listed))
+        return str(await self._run("sync", _keys(company_id), *fixed, *listed))
 
     # Bans
 
     async def ban(self, ban: Ban) -> None:
         """See `gateway.registry.port.Backend`."""
         body = json.dumps([ban.kind, list(ban.subject), ban.length_s])
-        await self._ask(lambda: self._keep_ban(body, ban.remaining_s))
         event = json.dumps(["banned", ban.kind, list(ban.subject), ban.remaining_s, ban.length_s])
-        await self._ask(lambda: self._client.publish(CHANNEL, event))
-
-    async def _keep_ban(self, body: str, remaining_s: float) -> None:
-        now = (await self._client.time()).timestamp()
-        await self._client.zremrangebyscore(BANS, 0, now)
-        await self._client.zadd(BANS, {body: now + remaining_s})
-        await self._client.zremrangebyrank(BANS, 0, -MAX_BANS - 1)
+        await self._run("ban", [BANS], str(ban.remaining_s), body, event, str(MAX_BANS))
 
     async def bans(self) -> Iterable[Ban]:
         """See `gateway.registry.port.Backend`."""
-
-        async def read() -> tuple[float, Any]:
-            now = (await self._client.time()).timestamp()
-            return now, await self._client.zrangebyscore(BANS, now, MAX_DATE, withscores=True)
-
-        now, found = await self._ask(read)
+        answer = await self._run("bans", [BANS])
+        if not isinstance(answer, list):
+            raise Unavailable(f"bans was answered with {type(answer).__name__}")
         bans = []
-        for entry in found:
+        for body, left_ms in zip(answer[::2], answer[1::2], strict=False):
             try:
-                kind, subject, length_s = json.loads(entry.member)
-                bans.append(Ban(kind, tuple(map(str, subject)), entry.score - now, float(length_s)))
+                kind, subject, length_s = json.loads(body)
+                bans.append(Ban(kind, tuple(map(str, subject)), int(left_ms) / 1000, float(length_s)))
             except (TypeError, ValueError):
                 continue  # not ours
         return bans

@@ -418,3 +418,41 @@ async def test_place_that_was_taken_while_nobody_listened_is_given_up(server: Re
             server.command("HDEL", places[0], older.connection_id)
             server.command("HINCRBY", "gateway:{c:acme}:counts", "g:gateway-0", "-1")
             await until(lambda: bool(older.revoked))
+
+
+@pytest.mark.redis
+@pytest.mark.filterwarnings("ignore:Use coredis.connection.TCPLocation:DeprecationWarning")  # its own from_url does not
+async def test_cluster_of_redis_does_as_well() -> None:
+    with RedisServer("--cluster-enabled", "yes") as server:
+        assert server.command("CLUSTER", "ADDSLOTSRANGE", "0", "16383") == "+OK"
+        with trio.fail_after(20):
+            while "state:ok" not in server.lines("CLUSTER", "INFO"):
+                await trio.sleep(0.05)
+            async with connected(server.url, "one", lease_s=5, timeout_s=2, cluster=True) as backend:
+                await backend.claim(registry_place("alice", "c-1"), TierLimits(users=1))
+                with pytest.raises(Refused):
+                    await backend.claim(registry_place("bob", "c-2"), TierLimits(users=1))
+                heard: list[Ban] = []
+
+                class Hearing(SharedEvents):
+                    def banned(self, ban: Ban) -> None:
+                        heard.append(ban)
+
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(backend.listen, Hearing())
+                    while not heard:
+                        await backend.ban(Ban("user", ("acme", "mallory"), 30.0, 60.0))
+                        await trio.sleep(0.1)
+                    nursery.cancel_scope.cancel()
+                assert [ban.subject for ban in await backend.bans()] == [("acme", "mallory")]
+                assert await backend.connections("acme") == {"c-1"}
+
+
+class SharedEvents:
+    """Who is told of what others do, and does not mind."""
+
+    def revoked(self, company_id: str, user_id: str, connection_id: str) -> None:
+        return
+
+    def totals(self, company_id: str, user_id: str, user_connections: int, company_connections: int) -> None:
+        return
