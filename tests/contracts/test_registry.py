@@ -26,9 +26,6 @@ from gateway.registry.shared import SharedRegistry
 from gateway.telemetry.metrics import Metrics
 from tests.redis_server import RedisServer
 
-# coredis leaves streams of its own behind when a connection breaks, or is cancelled
-pytestmark = pytest.mark.filterwarnings("ignore:.*MemoryObject:pytest.PytestUnraisableExceptionWarning")
-
 LIMITS = TierLimits(users=3, accounts=5, accounts_per_user=2, connections_per_account=1)
 
 
