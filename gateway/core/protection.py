@@ -70,8 +70,9 @@ class Protection:
         self._check(self._users, (user.company.id, user.user_id), now)
 
     def trips(self, user: User, now: float) -> bool:
-        """Whether too much of what the user sent within the last minute was rejected or dropped."""
-        return self.rules.trips(*user.totals(now))
+        """Whether too much of what the user sent within the last minute was rejected or dropped; not again while it is
+        shut out for that."""
+        return self.rules.trips(*user.totals(now)) and not self._users.remaining_s((user.company.id, user.user_id), now)
 
     def ban_user(self, user: User, now: float) -> Ban:
         """Shut the user out; its connections are the caller's to close."""
@@ -94,6 +95,8 @@ class Protection:
         window.count(now, came=1, failed=failed)
         if not failed or not self.rules.trips(*window.totals(now)) or self._is_exempt(address):
             return None
+        if self._addresses.remaining_s((address,), now):
+            return None  # it was under way
         window.forget()
         return self._pronounce("address", self._addresses, (address,), now)
 

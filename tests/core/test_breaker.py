@@ -101,6 +101,8 @@ def test_address_whose_handshakes_fail_is_shut_out_and_told_for_how_long() -> No
         assert protection.note_handshake("192.0.2.1", 5.0, failed=True) is None
     protection.check_address("192.0.2.1", 5.0)
     assert protection.note_handshake("192.0.2.1", 5.0, failed=True) is not None
+    for _ in range(100):  # that were under way
+        assert protection.note_handshake("192.0.2.1", 5.0, failed=True) is None
     assert told == [Ban("address", ("192.0.2.1",), 60.0, 60.0)]
     assert code(protection, "192.0.2.1", 5.5) == ("banned", 60)
     protection.check_address("192.0.2.2", 5.5)
