@@ -113,7 +113,8 @@ class Worker:
                         hear(read_event(line))
                 return await process.wait()
             except BaseException:
-                await _end(process, drain_s)  # shields itself, with a timeout
+                with trio.move_on_after(drain_s + 2 * KILLED_S, shield=True):
+                    await _end(process, drain_s)
                 raise
 
     # What it says
@@ -219,11 +220,11 @@ async def _send(process: trio.Process, orders: bytes) -> None:
 
 
 async def _end(process: trio.Process, drain_s: float) -> None:
-    """Let a process drain, then kill it. Shielded from cancellation."""
+    """Let a process drain, then kill it."""
     process.terminate()
-    with trio.move_on_after(drain_s, shield=True):
+    with trio.move_on_after(drain_s):
         await process.wait()
     if process.returncode is None:
         process.kill()
-        with trio.move_on_after(KILLED_S, shield=True):
+        with trio.move_on_after(KILLED_S):
             await process.wait()

@@ -213,6 +213,6 @@ async def serving() -> AsyncIterator[str]:
         sock.listen(64)
         async with trio.open_nursery() as nursery:
             listener = trio.SocketListener(sock)
-            nursery.start_soon(partial(trio.serve_listeners, PlacesHost().handle, [listener]))
+            await nursery.start(partial(trio.serve_listeners, PlacesHost().handle, [listener]))
             yield path
             nursery.cancel_scope.cancel()
