@@ -169,7 +169,6 @@ def test_rate_of_a_live_connection_changes_with_a_reload_and_with_its_companys_t
         daemon.reconfigure(**{"tiers.free.messages_per_second": 1})
         daemon.signal(signal.SIGHUP)
         wait_until(lambda: daemon.log().count('"reloaded"') == 2)
-        dropped_of(1100)  # what was in hand before
         assert dropped_of(30) >= 27
         time.sleep(1.1)  # a newer token, in whole seconds
         _, welcome = connect(stack, daemon, daemon.token("bob", tier="pro"))

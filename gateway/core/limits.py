@@ -1,19 +1,19 @@
 """What a tier allows, and the buckets that measure it.
 
-Every number is of a `TierLimits`; 0 is no limit. Buckets are read lazily: they know nothing of time until somebody
-finds them empty, and then what has come in since is added at once.
+Every number is of a `TierLimits`; 0 is no limit. A company's budgets are `Bucket` s. A user's rate is kept as the time
+at which its bucket would be full again (GCRA, as in ATM's traffic management 4.0, 4.4.2): that is exact, and one
+addition and one comparison a read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Final
 
 NO_LIMIT: Final = 0
 SURELY: Final = 1e-9
 """A token that is short of one by less than this is one: seconds times a rate are not exact."""
-UNMETERED: Final = 1000
-"""Messages that a user without a rate may hand over before the limits are looked at again: they may have changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,17 @@ class TierLimits:
     """One more replaces the oldest (4429)."""
     pairs: int = NO_LIMIT
     """Symbols that a user streams."""
+    pace: float = field(init=False)
+    """Seconds of the rate that one message of a user takes; 0 without a rate."""
+    allowance: float = field(init=False)
+    """Seconds by which a user may be ahead of its rate; below 0 where the company's budgets have to be asked first."""
+
+    def __post_init__(self) -> None:
+        """Work out what the hot path needs."""
+        rate = self.messages_per_second
+        allowance = max(1 / rate, self.burst_s) + SURELY if rate else math.inf
+        object.__setattr__(self, "pace", 1 / rate if rate else 0.0)
+        object.__setattr__(self, "allowance", -1.0 if self.metered else allowance)
 
     @property
     def metered(self) -> bool:

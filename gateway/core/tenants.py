@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from gateway.core import catalogue
 from gateway.core.breaker import WINDOW_S, Window
-from gateway.core.limits import SURELY, UNMETERED, Bucket, TierLimits, capacity
+from gateway.core.limits import SURELY, Bucket, TierLimits, capacity
 from gateway.core.pairs import Pairs
 from gateway.errors import Refused
 
@@ -128,7 +128,7 @@ class Company:
         return changed
 
     def use_limits(self, limits: TierLimits) -> None:
-        """Go by these limits; users find out when their credit is spent."""
+        """Go by these limits."""
         self.limits = limits
 
     def note_share(self, share: float) -> None:
@@ -249,74 +249,61 @@ class Budget:
 class User(Window):
     """What the connections of one user share. Its window counts messages, and those that were rejected or dropped.
 
-    ``credit`` is how many messages may be handed over before anybody looks at a clock or at limits: the hot path takes
-    from it, and asks `grant` when it does not suffice.
+    ``full_at`` is when its bucket will be full again, if nothing more is taken from it: each message puts it off by
+    `TierLimits.pace`, and it may be `TierLimits.allowance` ahead. The hot path does that itself, and asks `grant` where
+    it does not do.
     """
 
-    __slots__ = ("_bucket", "company", "credit", "pairs", "places", "share", "user_id")
+    __slots__ = ("company", "full_at", "pairs", "places", "user_id", "weight")
 
     def __init__(self, company: Company, user_id: str) -> None:
         super().__init__()
         self.company = company
         self.user_id = user_id
-        self.credit: float = 0
+        self.full_at = 0.0
         self.places: tuple[Holder, ...] = ()
         """Its connections, oldest first."""
-        self.share = 1.0
-        """The part of its rate that its connections to this process may spend."""
+        self.weight = 1.0
+        """How much of its rate a message takes here: as many as it has connections elsewhere for each one here."""
         self.pairs: Pairs | None = None
         """The pairs it streams, once somebody has looked."""
-        self._bucket: Bucket | None = None
 
     def note_pairs(self, symbols: Iterable[str], now: float) -> bool:
         """It has sent ticks of these; whether it streams more pairs than its tier allows."""
         self.pairs = self.pairs or Pairs()
         return self.pairs.note(symbols, self.company.limits.pairs, now)
 
+    @property
+    def share(self) -> float:
+        """The part of its rate that its connections here may spend."""
+        return 1 / self.weight
+
     def note_share(self, share: float) -> None:
-        """Its connections here may spend so much of its rate, 0 to 1."""
-        self.share = share
+        """Its connections here may spend so much of its rate, above 0 and up to 1."""
+        self.weight = 1 / share
 
     def grant(self, messages: Sequence[bytes], now: float, utc: Moment) -> Over | None:
-        """Take ``messages`` from what the user and its company may send: what is over, the last of them, if anything.
-
-        Called when ``credit`` does not suffice; gives new credit where no company budget has to be asked.
-        """
+        """Take ``messages`` from what the user and its company may send: what is over, the last of them, if
+        anything."""
         company, limits = self.company, self.company.limits
-        rate = limits.messages_per_second * self.share
-        level = self._level(rate, limits.burst_s, now)
-        allowed = min(len(messages), int(level + SURELY)) if rate else len(messages)
+        pace = limits.pace * self.weight
+        ahead, allowance = max(0.0, self.full_at - now), max(pace, limits.burst_s) + SURELY
+        ahead = min(ahead, allowance)  # a lower limit, or a clock that went back: what is taken is all there was
+        allowed = min(len(messages), int((allowance - ahead) / pace)) if pace else len(messages)
         reason, told, wait_s = catalogue.DROPPED_RATE, limits.messages_per_second, 0.0
         if limits.metered:
             granted, company_reason, company_wait_s = company.grant([len(one) for one in messages[:allowed]], now, utc)
             if granted < allowed:
                 allowed, reason, wait_s = granted, company_reason, company_wait_s
                 told = limits.company_messages_per_second if reason is catalogue.DROPPED_COMPANY_RATE else 0.0
-        self._keep(level - allowed if rate else UNMETERED, metered=limits.metered)
+        ahead += allowed * pace
+        self.full_at = now + ahead
         if allowed == len(messages):
             return None
         if reason is catalogue.DROPPED_RATE:
-            wait_s = (allowed + 1 - level) / rate
+            wait_s = max(0.0, ahead + pace - allowance)
         rest = messages[allowed:]
         return Over(reason, len(rest), sum(map(len, rest)), told, math.ceil(wait_s * 1000))
-
-    def _level(self, rate: float, burst_s: float, now: float) -> float:
-        """What is in the bucket, credit that was not used included; without a rate there is no bucket."""
-        if not rate:
-            self._bucket = None
-            return 0.0
-        full = capacity(rate, burst_s)
-        if self._bucket is None:
-            self._bucket = Bucket(full, now)
-        else:
-            self._bucket.take(-self.credit)
-        return self._bucket.fill(rate, full, now)
-
-    def _keep(self, left: float, *, metered: bool) -> None:
-        """What is left is credit, but where every message has to be asked for: then it stays in the bucket."""
-        self.credit = 0 if metered else left
-        if self._bucket is not None:
-            self._bucket.take(self._bucket.level - (left if metered else 0.0))
 
     def use_places(self, places: tuple[Holder, ...]) -> None:
         """Its connections are these from now on."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import asynccontextmanager
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -20,6 +19,10 @@ if TYPE_CHECKING:
 
     from gateway.core.limits import TierLimits
     from gateway.registry.port import Events
+
+
+LIMITS: Final = ("users", "accounts", "accounts_per_user", "connections_per_account")
+"""What of a tier's limits says who may have a place."""
 
 
 class ParentBackend:
@@ -61,7 +64,7 @@ class ParentBackend:
 
     async def claim(self, place: Place, limits: TierLimits) -> Given:
         """See `gateway.registry.port.Backend`."""
-        code, *given = await self._ask("claim", place, asdict(limits))
+        code, *given = await self._ask("claim", place, {name: getattr(limits, name) for name in LIMITS})
         if code:
             raise Refused(Refusal.registered[code], "on this host")
         epoch, user, company, replaced = given

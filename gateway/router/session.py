@@ -177,16 +177,16 @@ class Session:
         if self._talk is not None and str in map(type, messages):
             messages = self._take_controls(messages)
         readiness = self._context.readiness
-        # hot: once a read. Counted is what came, and what is over is found by one subtraction: a clock and the limits
-        # are looked at when the credit is spent (`User.grant`).
+        # hot: once a read, for all that it brought; what is over the rate, and budgets of the company, are looked at in
+        # `User.grant`
         now, user, over = readiness.now, self.user, None
         if now >= user.slice_ends:
             user.roll(now)
-        count = len(messages)
+        count, limits = len(messages), user.company.limits
         user.came += count
-        credit = user.credit - count
-        if credit >= 0:
-            user.credit = credit
+        full_at = (user.full_at if user.full_at > now else now) + count * limits.pace * user.weight
+        if full_at - now <= limits.allowance:
+            user.full_at = full_at
         else:
             over = user.grant(messages, now, datetime.now(UTC))  # type: ignore[arg-type]
             if over is not None:

@@ -31,10 +31,12 @@ def user_with(user: str = "alice", company: str = "acme", **limits: float) -> Us
 
 
 def send(user: User, count: int, now: float, utc: datetime = NOON, size: int = 10) -> tuple[int, Over | None]:
-    """How many of so many messages may go, as a session asks: by the credit first."""
+    """How many of so many messages may go, as a session asks: in the plain case it takes them itself."""
     messages = [bytes(size)] * count
-    if user.credit >= count:
-        user.credit -= count
+    limits = user.company.limits
+    full_at = max(user.full_at, now) + count * limits.pace * user.weight
+    if full_at - now <= limits.allowance:
+        user.full_at = full_at
         return count, None
     over = user.grant(messages, now, utc)
     return count - (over.dropped if over else 0), over
@@ -55,6 +57,7 @@ def test_burst_is_two_seconds_worth_and_the_tail_of_a_read_is_over() -> None:
     user = user_with(messages_per_second=50)
     went, over = send(user, 130, 0.0, size=7)
     assert (went, over) == (100, Over(catalogue.DROPPED_RATE, 30, 210, 50, 20))
+    assert user.share == 1
     assert send(user, 1, 0.01)[0] == 0
     assert send(user, 1, 0.02)[0] == 1
 
@@ -198,7 +201,8 @@ def test_changed_tiers_hold_for_those_who_are_there() -> None:
     tenants.use_tiers({})
     assert send(user, 5000, 10.0)[0] == 5000, "a tier that is gone limits nobody"
     tenants.use_tiers({"free": TierLimits(messages_per_second=10)})
-    assert sum(send(user, 100, 10.0)[0] for _ in range(30)) <= 1000 + 20, "after the credit of before"
+    assert send(user, 100, 10.0)[0] == 0, "what was spent is spent"
+    assert send(user, 100, 12.0)[0] == 20
 
 
 # Places
