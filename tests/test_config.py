@@ -146,3 +146,47 @@ def test_a_cap_over_the_open_file_limit_is_refused(monkeypatch: pytest.MonkeyPat
     assert raised == [(1512, 4096)]
     with pytest.raises(ConfigError, match=r"listen.max_connections: 4000 needs 4512 open files, the limit is 4096"):
         config.check_descriptors(4000)
+
+
+def test_faults_of_limits_are_named_and_a_redis_url_is_never_quoted(toml: Path) -> None:
+    toml.write_text(
+        f"""
+        [auth]
+        secret = "{SECRET}"
+        not_before = 2026-11-01T00:00:00
+        [tiers.free]
+        users = -1
+        [tiers.gold]
+        users = 1
+        [breaker]
+        share = 2
+        exempt_addresses = ["10.0.0.0/8", "balancer"]
+        [registry]
+        redis_url = "http://user:hush@redis"
+        """
+    )
+    faults = faults_of(toml)
+    for start in (
+        "auth.not_before: ",
+        "tiers.free.users: ",
+        "tiers.gold: is not a setting",
+        "breaker.share: ",
+        "breaker.exempt_addresses.1: 'balancer'",
+        "registry.redis_url: wanted redis://",
+    ):
+        assert any(fault.startswith(start) for fault in faults), (start, faults)
+    assert len(faults) == 6
+    assert "hush" not in str(faults)
+
+
+def test_tiers_have_their_own_defaults_and_each_setting_its_name_in_the_environment(
+    toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml.write_text(f'[auth]\nsecret = "{SECRET}"\n[tiers.pro]\npairs = 7\n')
+    monkeypatch.setenv("GATEWAY_TIERS__FREE__USERS", "9")
+    limits = config.load(toml).tiers.limits
+    assert {tier: (one.messages_per_second, one.users, one.accounts, one.pairs) for tier, one in limits.items()} == {
+        "free": (50, 9, 5, 0),
+        "pro": (75, 5, 20, 7),
+        "enterprise": (100, 10, 50, 0),
+    }

@@ -339,10 +339,17 @@ class ActivitySettings(Section):
     topic: Literal[""] | _Topic = "user-activity"
 
 
+def _check_redis(url: SecretStr) -> SecretStr:
+    """The URL of a Redis; never quoted, for it may hold a password."""
+    if not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("wanted redis://, rediss:// or unix://")
+    return url
+
+
 class RegistrySettings(Section):
     """Where several gateways keep the places of tenants together: ``redis_url``, or nowhere."""
 
-    redis_url: SecretStr | None = None
+    redis_url: Annotated[SecretStr, AfterValidator(_check_redis)] | None = None
     """``redis://``, ``rediss://`` or ``unix://``; it may hold a password."""
     redis_cluster: bool = False
     """It is a node of a Redis Cluster."""
