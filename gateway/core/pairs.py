@@ -17,6 +17,8 @@ FORGET_S: Final = 60.0
 """A pair that was not seen for this long is streamed no longer."""
 PATIENCE_S: Final = 60.0
 """Who is over the limit for this long, whatever it is told, is shut out."""
+QUIET_S: Final = 10.0
+"""Who was not found over the limit for this long begins anew."""
 MAX_PAIRS: Final = 10_000
 """Pairs remembered of one user, about 120 bytes each."""
 
@@ -24,10 +26,11 @@ MAX_PAIRS: Final = 10_000
 class Pairs:
     """The pairs of one user. All times are in seconds of one steady clock."""
 
-    __slots__ = ("_over_since", "_seen")
+    __slots__ = ("_over_at", "_over_since", "_seen")
 
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
+        self._over_at = 0.0
         self._over_since: float | None = None
 
     def __len__(self) -> int:
@@ -46,8 +49,9 @@ class Pairs:
         if len(self._seen) <= limit:
             self._over_since = None
             return False
-        if self._over_since is None:
+        if self._over_since is None or now - self._over_at > QUIET_S:
             self._over_since = now
+        self._over_at = now
         return True
 
     def is_out_of_patience(self, now: float) -> bool:

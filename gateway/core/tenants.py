@@ -305,6 +305,11 @@ class User(Window):
         rest = messages[allowed:]
         return Over(reason, len(rest), sum(map(len, rest)), told, math.ceil(wait_s * 1000))
 
+    def forget(self) -> None:
+        """Begin anew, as after a ban."""
+        super().forget()
+        self.pairs = None
+
     def use_places(self, places: tuple[Holder, ...]) -> None:
         """Its connections are these from now on."""
         self.places = places
@@ -361,6 +366,9 @@ class Tenants:
         if user is None:
             user = company.users[principal.user_id] = User(company, principal.user_id)
             self._idle[user] = now
+        elif user in self._idle:  # it is about to come back: it is not forgotten meanwhile
+            self._idle[user] = now
+            self._idle.move_to_end(user)
         return user
 
     def check(self, user: User, account: str) -> None:
@@ -447,9 +455,11 @@ class Tenants:
                 return
             del self._idle[user]
             company = user.company
-            company.users.pop(user.user_id, None)
-            if not company.tallies and company.is_idle(None):  # else it is the books' to forget
-                self.companies.pop(company.id, None)
+            if company.users.get(user.user_id) is user:
+                del company.users[user.user_id]
+            gone = not company.tallies and company.is_idle(None)  # else it is the books' to forget
+            if gone and self.companies.get(company.id) is company:
+                del self.companies[company.id]
 
     def users(self) -> Iterator[User]:
         """The users that are remembered."""

@@ -100,7 +100,7 @@ class MemoryGuard:
 
     async def _pause_largest(self) -> None:
         """Stop reading those that hold most, of those that are read; a session that ends meanwhile is harmless."""
-        self._paused = {session for session in self._paused if session.connection is not None and session.is_open}
+        self._paused = {session for session in self._paused if session.is_open and not session.is_read}
         largest: list[tuple[int, int, Session]] = []
         for number, session in enumerate(self._sessions):
             held = session.held_bytes

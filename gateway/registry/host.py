@@ -1,17 +1,18 @@
 """The places of all workers of a host, held by their parent: no Redis is needed for one view.
 
-Workers connect to a Unix socket that only this user can reach, and ask as `gateway.registry.parent` does. A worker that
-ends, however it ends, gives its places back by that.
+Workers connect to a Unix socket that serves processes of this user alone, and ask as `gateway.registry.parent` does. A
+worker that ends, however it ends, gives its places back by that.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import socket
+import struct
 from collections import deque
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -33,7 +34,8 @@ EPOCH: Final = "parent"
 """What is here is lost with the parent alone, and the workers are too."""
 MAX_BANS: Final = 65_536
 MAX_EVENTS: Final = 10_000
-"""Events that a worker has not taken yet; one that takes none is cut off, and compares again when it is back."""
+"""Events that a worker has not taken yet; those beyond are lost, and `gateway.registry.shared` mends that when it
+compares."""
 
 
 class _Far:
@@ -55,23 +57,36 @@ class _Worker:
 
     def __init__(self, lines: Lines) -> None:
         self.lines = lines
-        self._events, self._taken = trio.open_memory_channel[tuple[Any, ...]](MAX_EVENTS)
         self.places: dict[str, dict[str, _Far]] = {}
         """By company and connection."""
+        self.known: set[str] = set()
+        """Companies in which it has told of its places since it connected."""
+        self._events: deque[tuple[Any, ...]] = deque()
+        self._totals: dict[tuple[str, str], tuple[int, int]] = {}
+        self._news = trio.Event()
 
     def tell(self, *event: Any) -> None:
-        """Let it know of something."""
-        try:
-            self._events.send_nowait(("event", *event))
-        except trio.WouldBlock:
-            self._events.close()
-        except (trio.ClosedResourceError, trio.BrokenResourceError):
-            return  # it is about to be gone
+        """Let it know of something, if it takes what it is told."""
+        if len(self._events) < MAX_EVENTS:
+            self._events.append(event)
+            self._news.set()
+
+    def tell_totals(self, company_id: str, user_id: str, user_connections: int, company_connections: int) -> None:
+        """Let it know of numbers: the latest count."""
+        self._totals[company_id, user_id] = (user_connections, company_connections)
+        self._news.set()
 
     async def tell_all(self) -> None:
-        """Send what it is to know, until cancelled; ends when it takes too little."""
-        async for event in self._taken:
-            await self.lines.send(*event)
+        """Send what it is to know, until cancelled."""
+        while True:
+            self._news = trio.Event()
+            events, self._events = self._events, deque()
+            totals, self._totals = self._totals, {}
+            for event in events:
+                await self.lines.send("event", *event)
+            for who, counts in totals.items():
+                await self.lines.send("event", "totals", *who, *counts)
+            await self._news.wait()
 
     async def answer(self, number: int, *answer: Any) -> None:
         """Answer one request."""
@@ -92,8 +107,8 @@ class PlacesHost:
         self._workers.add(worker)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._hear, worker, nursery.cancel_scope)
-                await worker.tell_all()
+                nursery.start_soon(worker.tell_all)
+                await self._hear(worker)
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # it has ended
@@ -104,13 +119,12 @@ class PlacesHost:
             for company_id in [*worker.places]:
                 self._drop(worker, company_id)
 
-    async def _hear(self, worker: _Worker, scope: trio.CancelScope) -> None:
+    async def _hear(self, worker: _Worker) -> None:
         while (message := await worker.lines.receive()) is not None:
             number, kind, *arguments = message
             method = getattr(self, f"_do_{kind}", None)
             if method is not None:
                 await worker.answer(number, *method(worker, *arguments))
-        scope.cancel()
 
     # Requests; each returns the fields of its answer
 
@@ -125,6 +139,8 @@ class PlacesHost:
         except Refused as refused:
             return (refused.refusal.code,)
         replaced = self._enter(worker, user, account, connection_id)
+        if worker.places[company_id].keys() == {connection_id}:
+            worker.known.add(company_id)  # it has no others
         self._tell_totals(user)
         own = [far.connection_id for far in replaced if far.worker is worker]
         return ("", EPOCH, len(user.places), user.company.connections, own)
@@ -149,13 +165,15 @@ class PlacesHost:
         return ()
 
     def _do_renew(self, worker: _Worker, company_id: str) -> tuple[Any, ...]:
-        return (EPOCH, 0, len(worker.places.get(company_id, ())))
+        lost = company_id not in worker.known  # with the connection that it had before
+        return (EPOCH, int(lost), len(worker.places.get(company_id, ())))
 
     def _do_connections(self, worker: _Worker, company_id: str) -> tuple[Any, ...]:
         return ([*worker.places.get(company_id, ())],)
 
     def _do_sync(self, worker: _Worker, company_id: str, places: list[list[str]]) -> tuple[Any, ...]:
         self._drop(worker, company_id)
+        worker.known.add(company_id)
         now = trio.current_time()
         for _, user_id, account, connection_id in places:
             user = self._tenants.user(Principal(user_id, company_id, "", 0.0), now)
@@ -192,27 +210,41 @@ class PlacesHost:
         company = user.company
         for worker in self._workers:
             if company.id in worker.places and len(self._workers) > 1:
-                worker.tell("totals", company.id, user.user_id, len(user.places), company.connections)
+                worker.tell_totals(company.id, user.user_id, len(user.places), company.connections)
 
 
 async def run(task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-    """Hold places until cancelled; starts with the path of the socket."""
-    async with serving() as path:
-        task_status.started(path)
+    """Hold places until cancelled; starts with the address of the socket."""
+    async with serving() as address:
+        task_status.started(address)
         await trio.sleep_forever()
 
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[str]:
-    """A host of places while the context lasts; yields the path of its socket."""
-    with tempfile.TemporaryDirectory(prefix="gateway-places-") as directory:  # for this user alone
-        path = str(Path(directory) / "socket")
-        sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-        await sock.bind(path)
-        os.chmod(path, 0o600)
-        sock.listen(64)
-        async with trio.open_nursery() as nursery:
-            listener = trio.SocketListener(sock)
-            await nursery.start(partial(trio.serve_listeners, PlacesHost().handle, [listener]))
-            yield path
-            nursery.cancel_scope.cancel()
+    """A host of places while the context lasts; yields the address of its socket.
+
+    The address is abstract (unix(7)): there may be no place to write. Processes of other users are turned away.
+    """
+    address = f"\0gateway-places-{secrets.token_hex(16)}"
+    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    await sock.bind(address)
+    sock.listen(64)
+    host = PlacesHost()
+
+    async def handle(stream: trio.SocketStream) -> None:
+        async with stream:
+            if _peer(stream) == os.getuid():
+                await host.handle(stream)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(trio.serve_listeners, handle, [trio.SocketListener(sock)]))
+        yield address
+        nursery.cancel_scope.cancel()
+
+
+def _peer(stream: trio.SocketStream) -> int:
+    """The user of the process at the other end (unix(7), SO_PEERCRED)."""
+    credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    _, user, _ = struct.unpack("3i", credentials)
+    return int(user)

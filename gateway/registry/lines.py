@@ -24,6 +24,10 @@ class Lines:
         async with self._sending:
             await self._stream.send_all(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
+    async def aclose(self) -> None:
+        """Close the stream at once."""
+        await trio.aclose_forcefully(self._stream)
+
     async def receive(self) -> list[Any] | None:
         """The next message, None when the other end has closed. Raises ValueError for what is none.
 

@@ -53,9 +53,12 @@ class ParentBackend:
         number, (answers, answer) = self._number, trio.open_memory_channel[list[Any]](1)
         self._answers[number] = answers
         try:
+            with trio.move_on_after(self._timeout_s, shield=True) as sending:  # half a line ends the connection
+                await self._lines.send(number, kind, *arguments)
+            if sending.cancelled_caught:
+                await self._lines.aclose()
+                raise Unavailable("the parent reads nothing")
             with trio.fail_after(self._timeout_s):
-                with trio.CancelScope(shield=True):  # half a line would be the end of the connection
-                    await self._lines.send(number, kind, *arguments)
                 return await answer.receive()
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise Unavailable(str(error) or type(error).__name__) from error

@@ -150,6 +150,9 @@ class SharedRegistry:
         self._give_back(place_of(user, holder))
 
     def _give_back(self, place: Place) -> None:
+        """Let the backend know; one that is away is told by `_compare` when it is back."""
+        if self._backend is None:
+            return
         self._released.append(place)
         self._work.set()
 
@@ -213,6 +216,7 @@ class SharedRegistry:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(backend.listen, self)
             await self._compare(backend)
+            self._released.clear()  # compared already
             self._backend = backend
             self._said_away = False
             self._log.info("registry reached", kind=self.kind)

@@ -180,10 +180,7 @@ class Session:
         # hot: once a read, for all that it brought; what is over the rate, and budgets of the company, are looked at in
         # `User.grant`
         now, user, over = readiness.now, self.user, None
-        if now >= user.slice_ends:
-            user.roll(now)
         count, limits = len(messages), user.company.limits
-        user.came += count
         full_at = (user.full_at if user.full_at > now else now) + count * limits.pace * user.weight
         if full_at - now <= limits.allowance:
             user.full_at = full_at
@@ -250,6 +247,7 @@ class Session:
             self._context.notify(self)
         self._context.throttled(self.user, over.dropped, over.reason)
         self.received_messages += over.dropped
+        self.user.count(self._context.readiness.now, came=over.dropped)
         self._note_failed(over.dropped)
 
     def _note_failed(self, count: int) -> None:
@@ -307,7 +305,10 @@ class Session:
 
         Those there is no room for go into the backlog, in front.
         """
-        delivery = self._context.delivery
+        delivery, user, now = self._context.delivery, self.user, self._context.readiness.now
+        if now >= user.slice_ends:
+            user.roll(now)
+        user.came += len(messages)
         if self._edition != delivery.edition:
             self._look_up_anew(delivery)
         produce, key = delivery.produce, self._key
@@ -436,6 +437,7 @@ class Session:
         if self._backlog is None:
             self._backlog = deque()
         self._backlog.extendleft(reversed(messages))
+        self.user.came -= len(messages)  # hot: counted when they are handed over
         self._note_held(_weight(messages))
         if room is Room.NONE:
             self._context.readiness.stall(self)
@@ -460,13 +462,13 @@ class Session:
         left = len(backlog)
         try:
             self._hand_over(chunk)
+            if len(backlog) > left:
+                return  # `_put_back` has said what is next
+            while backlog and isinstance(backlog[0], Over):
+                self._drop(backlog.popleft())  # type: ignore[arg-type]  # as seen
         except BaseException:
             self._forget_backlog()
             raise
-        if len(backlog) > left:
-            return  # `_put_back` has said what is next
-        while backlog and isinstance(backlog[0], Over):
-            self._drop(backlog.popleft())  # type: ignore[arg-type]  # as seen
         if backlog:
             self._context.readiness.defer(self)
         else:
@@ -481,6 +483,11 @@ class Session:
     def is_open(self) -> bool:
         """Its connection is open."""
         return self.connection is not None and self.connection.state == OPEN
+
+    @property
+    def is_read(self) -> bool:
+        """What its client sends is read at the moment."""
+        return self.connection is not None and self.connection.is_read
 
     @property
     def held_bytes(self) -> int:

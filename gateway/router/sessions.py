@@ -105,6 +105,11 @@ class Sessions:
         self._admission.enter()
         try:
             await self._registry.claim(user, session)
+            try:
+                self._context.protection.check_user(user, trio.current_time())  # it may have been shut out meanwhile
+            except Refused:
+                self._registry.release(user, session)
+                raise
         except BaseException:
             self._admission.leave()
             raise

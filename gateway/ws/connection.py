@@ -121,6 +121,11 @@ class Connection:
         return self._limits
 
     @property
+    def is_read(self) -> bool:
+        """What the peer sends is read at the moment."""
+        return not self._readiness.leaves(self)
+
+    @property
     def unsent_bytes(self) -> int:
         """What the peer has not taken yet."""
         return 0 if self._outbox is None else self._outbox.size_bytes

@@ -68,6 +68,10 @@ class Link(Protocol):
         """When it wants to be looked after (`tick`), in Trio's seconds."""
 
     @property
+    def is_read(self) -> bool:
+        """What the peer sends is read at the moment."""
+
+    @property
     def unsent_bytes(self) -> int:
         """What the peer has not taken yet."""
 

@@ -450,3 +450,33 @@ class SharedEvents:
 
     def totals(self, company_id: str, user_id: str, user_connections: int, company_connections: int) -> None:
         return
+
+
+async def test_worker_whose_connection_to_its_parent_broke_registers_its_places_again() -> None:
+    async with over_parent(TierLimits(users=2)) as it:
+        _, _, alice = await it.claim("alice", at=0)
+        registry = it.gateways[0].registry
+        assert isinstance(registry, SharedRegistry)
+        backend = registry._backend
+        assert isinstance(backend, parent.ParentBackend)
+        await backend._lines.aclose()
+        await until(lambda: not registry.up)
+        await until(lambda: registry.up)
+        await trio.sleep(1.5)
+        assert not alice.revoked
+        await it.claim("bob", at=1)
+        assert await it.refused("carol", at=1) == "too_many_users"
+
+
+async def test_many_places_at_once_cut_nobody_off() -> None:
+    async with (
+        host.serving() as address,
+        parent.connected(address, timeout_s=5) as one,
+        parent.connected(address, timeout_s=5) as two,
+    ):
+        await two.claim(registry_place("x", "x-1"), TierLimits())
+        places = [registry_place(f"user-{number % 100}", f"c-{number}") for number in range(12_000)]
+        for _ in range(2):
+            await one.sync("acme", places)
+        assert (await one.renew("acme")).places == 12_000
+        assert await two.connections("acme") == {"x-1"}

@@ -30,3 +30,10 @@ def test_pairs_of_a_user_take_bounded_memory() -> None:
     pairs = Pairs()
     pairs.note([f"p{number}" for number in range(2 * MAX_PAIRS)], 5, 0.0)
     assert len(pairs) == MAX_PAIRS
+
+
+def test_silence_is_no_time_over_the_limit() -> None:
+    pairs = Pairs()
+    assert pairs.note(["a", "b"], 1, 0.0)
+    assert pairs.note(["a", "b"], 1, 600.0)
+    assert not pairs.is_out_of_patience(600.0)

@@ -25,6 +25,10 @@ class Holding:
         self.held_bytes = number
         self.read = True
 
+    @property
+    def is_read(self) -> bool:
+        return self.read
+
     def pause_reading(self) -> None:
         self.read = False
 
@@ -62,6 +66,10 @@ async def test_newcomers_are_refused_first_then_the_largest_are_not_read_and_all
         await guard.look()
         paused = {session.held_bytes for session in sessions if not session.read}
         assert paused == {*range(3000 - turn * PAUSED_AT_ONCE, 3000)}
+    largest = max(sessions, key=lambda session: session.held_bytes)
+    largest.resume_reading()  # what it held has been handed over meanwhile
+    await guard.look()
+    assert not largest.read
     used[0] = 870
     await guard.look()
     assert guard.short, "not calm yet"

@@ -66,7 +66,7 @@ class Link:
         self.unsent_bytes = 0
         self.frames: list[bytes] = []
         self.closes: list[Close] = []
-        self.read = True
+        self.is_read = True
         self._session = session
 
     def tick(self, now: float) -> None:
@@ -77,7 +77,7 @@ class Link:
         return True
 
     def want_read(self, wanted: bool) -> None:
-        self.read = wanted
+        self.is_read = wanted
 
     def close(self, close: Close, *, take_rest: bool = False) -> None:
         if self.state == OPEN:

@@ -19,5 +19,6 @@ while of_account > 0 and #list - #replaced + 1 > of_account do
   if place and place[1] ~= gateway then publish({'revoked', company, user, oldest}) end
 end
 put(connection, gateway, user, account)
+expire_later(lease_ms)
 tell_totals(company, user)
 return {'', redis.call('HGET', counts, 'e'), count('u:' .. user), count('c'), unpack(replaced)}

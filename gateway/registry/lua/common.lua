@@ -90,6 +90,10 @@ end
 local function lease(gateway, lease_ms, epoch)
   redis.call('HSETNX', counts, 'e', epoch)
   redis.call('ZADD', leases, now + lease_ms, gateway)
+end
+
+-- What nobody renews is forgotten; called last, when the keys are there.
+local function expire_later(lease_ms)
   for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, 10 * lease_ms) end
 end
 

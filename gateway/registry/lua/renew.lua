@@ -2,4 +2,5 @@
 local gateway = ARGV[1]
 expire()
 lease(gateway, tonumber(ARGV[2]), ARGV[3])
+expire_later(tonumber(ARGV[2]))
 return {redis.call('HGET', counts, 'e'), redis.call('HEXISTS', counts, 'x:' .. gateway), count('g:' .. gateway)}

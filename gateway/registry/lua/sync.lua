@@ -10,5 +10,6 @@ for at = 5, #ARGV, 3 do
   put(ARGV[at], gateway, ARGV[at + 1], ARGV[at + 2])
   users[ARGV[at + 1]] = true
 end
+expire_later(tonumber(ARGV[2]))
 for user in pairs(users) do tell_totals(ARGV[4], user) end
 return redis.call('HGET', counts, 'e')
