@@ -320,3 +320,26 @@ def test_counts_follow_the_places_whatever_comes_and_goes(steps: list[tuple[bool
     tenants.sweep(math.inf)
     company = tenants.company("acme")
     assert (company.connections, company.live_users, company.accounts, company.users) == (0, 0, 0, {})
+
+
+def test_user_that_is_about_to_come_back_is_not_forgotten_meanwhile() -> None:
+    tenants = Tenants({"free": TierLimits(messages_per_second=1)})
+    alice, place, _ = claim(tenants, "alice")
+    tenants.leave(alice, place, 0.0)
+    coming = tenants.user(principal(), IDLE_S)  # it asks for a place, which takes a while
+    tenants.sweep(IDLE_S)
+    assert coming is alice
+    tenants.enter(coming, Place("alice"))
+    assert tenants.find("acme", "alice") is alice
+    assert tenants.company("acme") is alice.company
+
+
+def test_user_that_is_forgotten_takes_no_other_with_it() -> None:
+    tenants = Tenants()
+    old = tenants.user(principal(), 0.0)
+    del tenants.companies["acme"]  # as the books do with a company that is idle
+    alice, place, _ = claim(tenants, "alice")
+    assert alice is not old
+    tenants.sweep(IDLE_S)
+    assert tenants.find("acme", "alice") is alice
+    assert tenants.leave(alice, place, IDLE_S)

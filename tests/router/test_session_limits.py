@@ -334,3 +334,38 @@ async def test_crash_of_what_an_ended_session_left_behind_is_said(world: Open) -
         it.delivery.bug = RuntimeError("a bug")
         it.readiness.resume()
         assert it.crashes == ["session crashed"]
+
+
+async def test_pause_of_kafka_shuts_nobody_out_for_what_is_judged_late(world: Open) -> None:
+    async with world() as it:
+        session, link = await it.open()
+        it.delivery.room = 0
+        session.received([tick(number) if number % 5 else b"\xff" for number in range(200)])
+        for _ in range(30):
+            it.readiness.now += 5
+        it.delivery.room = 1000
+        it.readiness.resume()
+        while it.readiness.stalled:
+            it.readiness.resume()
+        assert len(it.delivery.dead) == 40
+        assert not link.closes
+        assert session.user.totals(it.readiness.now) == (200, 40)
+
+
+async def test_user_that_is_shut_out_while_it_asks_for_a_place_gets_none(world: Open) -> None:
+    async with world() as it:
+        user = it.tenants.user(Principal("alice", "acme", "pro", 4e9), 0.0)
+
+        class Slow:
+            async def claim(self, *_: object) -> None:
+                it.bans.ban_user(user)
+
+            def release(self, *_: object) -> None:
+                released.append(True)
+
+        released: list[bool] = []
+        it.sessions._registry = Slow()
+        with pytest.raises(Refused) as refused:
+            await it.open()
+        assert refused.value.refusal is catalogue.BANNED
+        assert (released, it.admission.connections, len(it.sessions)) == ([True], 0, 0)
