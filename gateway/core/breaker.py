@@ -132,10 +132,6 @@ class Bans(Generic[K]):
         ban = self._bans.get(who)
         return ban.length_s if ban is not None else 0.0
 
-    def lift(self, who: K) -> None:
-        """Let ``who`` in again, and forget that it was shut out."""
-        self._bans.pop(who, None)
-
     def forgive(self, now: float) -> None:
         """Forget the bans that are over and forgiven; some of them, the oldest first, at each call."""
         for who in [who for who, _ in zip(self._bans, range(100), strict=False)]:

@@ -1,7 +1,7 @@
 """What a tier allows, and the buckets that measure it.
 
 Every number is of a `TierLimits`; 0 is no limit. A company's budgets are `Bucket` s. A user's rate is kept as the time
-at which its bucket would be full again (GCRA, as in ATM's traffic management 4.0, 4.4.2): that is exact, and one
+at which its bucket would be full again (the generic cell rate algorithm of ITU-T I.371): that is exact, and one
 addition and one comparison a read.
 """
 
@@ -59,11 +59,6 @@ class TierLimits:
             or self.company_bytes_per_day
             or self.company_bytes_per_month
         )
-
-    @property
-    def burst(self) -> float:
-        """Messages that a user may have at once."""
-        return capacity(self.messages_per_second, self.burst_s)
 
     @property
     def told_rate(self) -> float:

@@ -23,7 +23,7 @@ from gateway.core.pairs import Pairs
 from gateway.errors import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from gateway.core.catalogue import Close, Reason
     from gateway.core.principal import Principal
@@ -179,11 +179,6 @@ class Company:
             return math.inf, 0.0
         self._budget = self._budget or Budget()
         return self._budget.left(limits, self.share, utc)
-
-    @property
-    def spent(self) -> Budget | None:
-        """What it has spent of its budgets of a day and a month, None where it has none."""
-        return self._budget
 
     def is_idle(self, utc: Moment | None) -> bool:
         """Whether there is nothing that must be remembered of it, its books aside."""
@@ -460,11 +455,6 @@ class Tenants:
             gone = not company.tallies and company.is_idle(None)  # else it is the books' to forget
             if gone and self.companies.get(company.id) is company:
                 del self.companies[company.id]
-
-    def users(self) -> Iterator[User]:
-        """The users that are remembered."""
-        for company in self.companies.values():
-            yield from company.users.values()
 
 
 def _beyond(count: int, limit: int) -> bool:

@@ -40,10 +40,6 @@ class AsideProducer:
         }
         self._producer: Producer | None = None
 
-    def __len__(self) -> int:
-        """Records not reported yet."""
-        return 0 if self._producer is None else len(self._producer)
-
     def queue(self, topic: str, value: bytes, key: bytes, report: Callable[[Any, Any], None]) -> bool:
         """Queue one record; false when there is no room for it, or nothing can be queued. Raises nothing."""
         try:
